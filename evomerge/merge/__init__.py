@@ -1,0 +1,1 @@
+"""Merging: a recipe becomes weights in one pass over memory."""

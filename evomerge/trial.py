@@ -1,0 +1,182 @@
+"""The records that travel between searcher, study, pool and worker.
+
+Everything here is a frozen record of numbers and words, a few KB at most, and
+none of it knows torch, Ray or the searchers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal, Protocol
+
+from evomerge.recipe import Recipe
+
+
+class Direction(StrEnum):
+    """Whether a larger or a smaller value of an objective is better."""
+
+    MAXIMIZE = "maximize"
+    MINIMIZE = "minimize"
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """One thing that "good" means.
+
+    Attributes:
+        name: unique within a study; letters, digits, ``_``, ``-``, ``.`` only, so that it is
+            a valid MLflow metric name.
+        direction: whether larger or smaller is better.
+        unit: what the value counts, e.g. ``fraction``, ``tokens``, ``nats``.
+        weight: share in the scalar that single-objective searchers see.
+    """
+
+    name: str
+    direction: Direction = Direction.MAXIMIZE
+    unit: str = "fraction"
+    weight: float = 1.0
+
+    def loss(self, value: float) -> float:
+        """Return ``value`` with its sign turned so that smaller is better."""
+        return -value if self.direction is Direction.MAXIMIZE else value
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The value of one objective for one trial.
+
+    Attributes:
+        value: the estimate, in the objective's unit; always finite.
+        standard_error: of ``value``, same unit; 0.0 when the value is exact.
+        items: item scores [I], in the order of the item ids that were asked for.
+    """
+
+    value: float
+    standard_error: float
+    items: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a fitness returns for one model.
+
+    Attributes:
+        scores: one per objective [m], in the study's order of objectives.
+        seconds: wall time by phase, e.g. ``{"merge": 0.02, "score": 1.4}``.
+    """
+
+    scores: tuple[Score, ...]
+    seconds: Mapping[str, float]
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """Objective values [m]."""
+        return tuple(score.value for score in self.scores)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a trial has no evaluation.
+
+    Attributes:
+        kind: ``error`` (exception on the worker), ``crash`` (the worker died), ``timeout``,
+            ``bad_result`` (wrong count or not finite).
+        message: one line for the user.
+    """
+
+    kind: Literal["error", "crash", "timeout", "bad_result"]
+    message: str
+
+
+class TrialState(StrEnum):
+    """The life of a trial, as the journal tells it."""
+
+    ASKED = "asked"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One candidate's life.
+
+    Attributes:
+        number: 0, 1, 2, ... in the order of asking; baselines come first.
+        kind: ``baseline`` or ``search``; re-scored finalists are not new trials.
+        label: for baselines ``base``, ``expert:<name>``, ``uniform``,
+            ``task_arithmetic:<scale>``; empty for search trials.
+        x: the candidate in the unit box [d]; None for a baseline outside the space.
+        recipe: the decoded merge.
+        state: where it stands.
+        evaluation: on the search items; present when DONE.
+        failure: present when FAILED.
+        attempts: how many times it was handed to a worker.
+    """
+
+    number: int
+    kind: Literal["baseline", "search"]
+    label: str
+    x: tuple[float, ...] | None
+    recipe: Recipe
+    state: TrialState = TrialState.ASKED
+    evaluation: Evaluation | None = None
+    failure: Failure | None = None
+    attempts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a pool hands to a worker: a few KB.
+
+    Attributes:
+        number: identifies the job within its pool; never reused while in flight.
+        recipe: the merge to apply.
+        items: item ids to score for each objective, in the study's order of objectives [m].
+    """
+
+    number: int
+    recipe: Recipe
+    items: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a pool returns for a job, exactly once.
+
+    Attributes:
+        number: of the job.
+        result: the evaluation, or why there is none.
+        attempts: how many workers tried.
+        worker: name of the worker that gave the result, for the record.
+    """
+
+    number: int
+    result: Evaluation | Failure
+    attempts: int
+    worker: str
+
+
+class Worker(Protocol):
+    """Holds the models resident and runs one job at a time."""
+
+    def run(self, job: Job) -> Evaluation:
+        """Apply the recipe, score the items and return the evaluation.
+
+        Raises:
+            Exception: anything; the pool turns it into a ``Failure``.
+        """
+        ...
+
+    def describe(self) -> Mapping[str, str]:
+        """Return facts for the record: device, dtype, residency, batch size."""
+        ...
+
+
+class WorkerFactory(Protocol):
+    """Builds a worker where it will live; must be picklable and a few KB."""
+
+    def __call__(self) -> Worker:
+        """Load the models and build the fitness."""
+        ...
