@@ -1,0 +1,383 @@
+"""The command line. The only module that prints; every error leaves with its exit code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from evomerge import __version__
+from evomerge.errors import EvomergeError, InputError, NothingUsableError
+
+if TYPE_CHECKING:
+    from evomerge.study_view import StudyView
+
+_EXIT_CODES = """\b
+Exit codes: 0 done; 1 unexpected bug; 2 invalid input or usage; 3 finished but nothing usable;
+4 environment (no GPU, unreachable service); 5 another driver owns the study; 6 storage is full
+or corrupt; 130/143 interrupted after a clean checkpoint."""
+
+
+class _Group(click.Group):
+    """Keeps the order of the verbs and suggests one for a typo."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands:
+            from evomerge.errors import suggest
+
+            raise click.UsageError(f"no such command {args[0]!r}{suggest(args[0], self.commands)}")
+        return super().resolve_command(ctx, args)
+
+
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+
+@click.group(cls=_Group, epilog=_EXIT_CODES, context_settings=_HELP)
+@click.version_option(__version__, prog_name="evomerge")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks and debug messages.")
+@click.pass_context
+def cli(ctx: click.Context, verbose: bool) -> None:
+    """Search for the best merge of your models.
+
+    \b
+    Launch      evomerge init study.yaml --base DIR --expert math=DIR --expert code=DIR
+                evomerge check study.yaml
+                evomerge run study.yaml        (the same command continues a stopped search)
+    Look        evomerge front study.yaml
+    Take home   evomerge export study.yaml --knee --out merged/
+
+    New here? `evomerge demo` trains tiny models, searches their merges and exports the best.
+    """
+    ctx.obj = verbose
+    form = "%(levelname)s %(name)s: %(message)s" if verbose else "%(levelname)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form)
+    if verbose:
+        logging.getLogger("evomerge").setLevel(logging.DEBUG)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with the documented code."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except EvomergeError as error:
+        if "-v" in sys.argv or "--verbose" in sys.argv:
+            logging.getLogger(__name__).debug("traceback", exc_info=True)
+        for line in str(error).splitlines():
+            click.echo(f"error: {line}" if not line.startswith(" ") else line, err=True)
+        code = error.exit_code
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=1, allow_nan=False))
+
+
+def _show(facts: dict[str, Any], as_json: bool) -> None:
+    """Print facts for a program or for a person, one line per value."""
+    if as_json:
+        _json(facts)
+        return
+    for key, value in facts.items():
+        for line in value if isinstance(value, list) else [value]:
+            click.echo(f"{key:<12} {line}")
+
+
+def _study_directory(text: str) -> Path:
+    """Return the study directory of a study file or directory."""
+    path = Path(text)
+    if path.is_file():
+        from evomerge.config import load
+        from evomerge.prepare import study_directory
+
+        return study_directory(load(path), path.resolve().parent)
+    if (path / "journal.jsonl").exists():
+        return path
+    if (path / "study.yaml").exists():
+        return _study_directory(str(path / "study.yaml"))
+    raise InputError(f"{text}: neither a study file nor a study directory (see `evomerge list`)")
+
+
+def _view(text: str) -> StudyView:
+    from evomerge.study_view import StudyView
+
+    directory = _study_directory(text)
+    if not (directory / "journal.jsonl").exists():
+        raise InputError(f"{text}: this study has not been run yet (evomerge run {text})")
+    return StudyView.load(directory)
+
+
+_STUDY = click.argument("study", metavar="STUDY")
+_AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+@cli.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("evomerge-demo"),
+    show_default=True,
+    help="Folder for models, study and export.",
+)
+@click.option("--trials", type=click.IntRange(1), default=None, help="Fewer trials, sooner done.")
+@click.option("--workers", type=click.IntRange(1), default=None, help="Ray workers (2).")
+@click.option("--quick", is_flag=True, help="A smoke test in a minute, with untrained models.")
+def demo(out: Path, trials: int | None, workers: int | None, quick: bool) -> None:
+    """Train tiny models, search their merges, export the best one.
+
+    Trains a small base and three experts (once; about two minutes on one core), searches
+    layer-wise merges of them with Ray workers, logs to MLflow, shows the front, and exports the
+    recommended merge. A second run reuses the models, and continues or reuses the search.
+    """
+    from evomerge.demo import run_demo
+
+    run_demo(out, trials, workers, quick)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path), default=Path("study.yaml"))
+@click.option("--base", default=None, help="Base model: directory or hub id.")
+@click.option(
+    "--expert",
+    "experts",
+    multiple=True,
+    metavar="NAME=MODEL",
+    help="Expert: short name and directory or hub id; repeat for each.",
+)
+@click.option("--task", "tasks", multiple=True, help="lm-eval task; repeat for each objective.")
+def init(file: Path, base: str | None, experts: tuple[str, ...], tasks: tuple[str, ...]) -> None:
+    """Write a commented study file for your models.
+
+    \b
+    evomerge init study.yaml --base meta-llama/Llama-3.1-8B \\
+        --expert math=org/llama-math --expert code=./models/code --task gsm8k --task mbpp
+    """
+    from evomerge.template import study_template
+
+    pairs = []
+    for expert in experts:
+        name, equals, source = expert.partition("=")
+        if not equals or not name or not source:
+            raise InputError(f"--expert: expected NAME=MODEL, got {expert!r}")
+        pairs.append((name, source))
+    text = study_template(base, pairs, tasks)
+    try:
+        with file.open("x", encoding="utf-8") as handle:
+            handle.write(text)
+    except FileExistsError as error:
+        raise InputError(f"{file}: exists already (give another name, or remove it)") from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written: {error.strerror}") from error
+    click.echo(f"wrote {file}; edit it, then: evomerge check {file}")
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override one setting, e.g. search.trials=50.",
+)
+@_AS_JSON
+def check(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check a study file against models and tasks; touch no weights and no GPU.
+
+    Every problem is reported at once with its dotted path. Exit code 2 where there is one.
+    """
+    from evomerge.config import load
+    from evomerge.facts import plan_facts
+    from evomerge.prepare import prepare
+
+    facts = plan_facts(prepare(load(file, overrides), file))
+    _show(facts, as_json)
+    click.echo(f"ok; next: evomerge run {file}", err=as_json)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override one setting, e.g. search.trials=50.",
+)
+@click.option("--dry-run", is_flag=True, help="Check and print the plan; run nothing.")
+@_AS_JSON
+def run(file: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """Run a study, or continue it where it stopped.
+
+    Scores the base, every expert and simple merges, searches, re-scores the finalists on
+    validation items and the front on held-out items. Stop it with Ctrl-C (once: after the
+    running trials; twice: at once) or any other way: the same command continues, and no
+    finished evaluation is repeated.
+    """
+    from evomerge.config import load
+    from evomerge.facts import front_facts, plan_facts
+    from evomerge.prepare import prepare
+    from evomerge.terminal import make_console, print_finished, run_with_progress
+
+    prepared = prepare(load(file, overrides), file)
+    if dry_run:
+        _json(plan_facts(prepared))
+        return
+    console = make_console(stderr=as_json)
+    finished = run_with_progress(prepared, console)
+    if as_json:
+        _json(front_facts(finished.view))
+    else:
+        print_finished(console, finished)
+
+
+@cli.command()
+@_STUDY
+@_AS_JSON
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="Also draw it: .html (interactive), .png or .svg.",
+)
+def front(study: str, as_json: bool, plot: Path | None) -> None:
+    """Show the Pareto front of a study with the baselines beside it.
+
+    STUDY is a study file or its directory. Works while the search is running.
+    """
+    from evomerge.facts import front_facts
+    from evomerge.terminal import front_table, gains_table, make_console, save_plot
+
+    view = _view(study)
+    if not view.front:
+        raise NothingUsableError(f"{study}: no trial has succeeded yet")
+    if plot is not None:
+        save_plot(view, plot)
+        click.echo(f"wrote {plot}", err=as_json)
+    if as_json:
+        _json(front_facts(view))
+        return
+    console = make_console()
+    console.print(front_table(view))
+    table = gains_table(view)
+    if table is not None:
+        console.print(table)
+
+
+@cli.command()
+@_STUDY
+@click.option("--knee", is_flag=True, help="The recommended compromise.")
+@click.option("--best", metavar="OBJECTIVE", default=None, help="The best of one objective.")
+@click.option("--trial", type=int, default=None, help="Any trial by its number.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="New directory for the checkpoint.",
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Such as 2GB or 500MB.")
+@_AS_JSON
+def export(
+    study: str, knee: bool, best: str | None, trial: int | None, out: Path,
+    max_shard_size: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Write a merge as a checkpoint that transformers, lm-eval and mergekit can read.
+
+    \b
+    The directory holds model shards with config and tokenizer, README.md (model card),
+    evomerge_recipe.json, evomerge_scores.json with the lm_eval command that reproduces the
+    scores, and mergekit_config.yml where mergekit can express the merge.
+    """
+    from evomerge.facts import export_facts
+    from evomerge.take_home import export_trial
+
+    if sum((knee, best is not None, trial is not None)) != 1:
+        raise InputError("export: choose exactly one of --knee, --best OBJECTIVE, --trial N")
+    facts = export_facts(
+        export_trial(_view(study), best=best, trial=trial, out=out, shards=max_shard_size)
+    )
+    _show(facts, as_json)
+
+
+@cli.command()
+@_STUDY
+@_AS_JSON
+def status(study: str, as_json: bool) -> None:
+    """Say where a study stands. Works while it is running, and after a crash."""
+    from evomerge.facts import status_facts
+
+    facts = status_facts(_view(study))
+    _show(facts, as_json)
+
+
+@cli.command("list")
+@click.argument("what", type=click.Choice(["methods", "searchers", "partitions", "studies"]))
+@click.option(
+    "--under", type=click.Path(path_type=Path), default=Path(), help="Where to look for studies."
+)
+@_AS_JSON
+def list_(what: str, under: Path, as_json: bool) -> None:
+    """List merge methods, searchers, partitions, or the studies below a folder."""
+    from evomerge.catalogue import catalogue
+
+    rows = catalogue(what, under)
+    if as_json:
+        _json(rows)
+        return
+    if not rows:
+        click.echo(f"no studies below {under}")
+    for row in rows:
+        (_, name), (_, text), *rest = row.items()
+        click.echo(f"{click.style(f'{name:<16}', bold=True)} {text}")
+        details = [f"{key}: {value}" for key, value in rest if value]
+        if details:
+            click.echo("    " + "; ".join(details))
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON schema of study files, for editors.
+
+    \b
+    evomerge schema > study.schema.json
+    and begin a study file with: # yaml-language-server: $schema=study.schema.json
+    """
+    from evomerge.config import json_schema
+
+    _json(json_schema())
+
+
+@cli.command()
+@_STUDY
+@_AS_JSON
+def sync(study: str, as_json: bool) -> None:
+    """Send to MLflow whatever it lacks of a study, each point once.
+
+    Needed only after MLflow could not be reached during the run.
+    """
+    from evomerge.launch import sync_study
+
+    directory = _study_directory(study)
+    synced = sync_study(directory)
+    facts = {"experiment": synced.experiment_id, "run": synced.run_id, "new_trials": synced.trials}
+    if as_json:
+        _json(facts)
+    else:
+        click.echo(f"MLflow run {synced.run_id} is up to date ({synced.trials} trials were new)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""The study file: its schema, its defaults, and all its problems at once.
+
+Only this module knows pydantic. Everything below takes plain arguments.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic.fields import FieldInfo
+
+from evomerge import strict_yaml
+from evomerge.errors import StudyFileError, suggest
+from evomerge.layout import PARTITIONS
+
+#: Study names become directory, run and job names.
+_NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
+#: Expert names become column names such as ``weight.math``.
+_EXPERT = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
+
+Name = Annotated[str, StringConstraints(pattern=_NAME)]
+ExpertName = Annotated[str, StringConstraints(pattern=_EXPERT)]
+
+
+class Section(BaseModel):
+    """Strict: unknown keys are errors, and text is not turned into numbers."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelsSection(Section):
+    """The models: what every merge starts from, and what is merged into it."""
+
+    base: str = Field(min_length=1, description="directory or hub id (owner/name[@revision])")
+    experts: dict[ExpertName, str] = Field(
+        min_length=1, max_length=512, description="name: directory or hub id; order is kept"
+    )
+
+
+class RangeSection(Section):
+    """A searched coefficient."""
+
+    low: float
+    high: float
+
+
+class SpaceSection(Section):
+    """What is searched."""
+
+    method: str = Field("task_arithmetic", description="merge method; see `evomerge list methods`")
+    partition: str = Field(
+        "layer", description="which tensors share coefficients: " + ", ".join(PARTITIONS)
+    )
+    parameters: dict[str, RangeSection | float | int | bool | str] = Field(
+        default_factory=dict,
+        description="by the method's own names: {low, high} is searched, a value is fixed; "
+        "`weight.<expert>` overrides one expert",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="of the merged model, scored and exported; the base's where absent"
+    )
+
+
+class TaskSection(Section):
+    """One objective from an lm-eval task."""
+
+    task: str = Field(min_length=1, description="lm-eval task name")
+    metric: str | None = Field(None, description="such as acc, acc_norm, exact_match")
+    filter: str | None = Field(None, description="such as none, strict-match")
+    name: str | None = Field(None, description="of the objective; the task's name where absent")
+    num_fewshot: int | None = Field(None, ge=0, le=1000)
+    weight: float = Field(1.0, gt=0, description="share for single-objective searchers")
+
+
+class ItemsSection(Section):
+    """How many items of each task go where: a count, or a fraction below 1."""
+
+    search: int | float = Field(100, gt=0, description="scored for every trial")
+    validation: int | float = Field(200, gt=0, description="decide the reported front")
+    test: int | float = Field(500, gt=0, description="held out; only reported")
+
+
+class FitnessSection(Section):
+    """What "good" means."""
+
+    tasks: list[str | TaskSection] = Field(min_length=1, max_length=64)
+    include_path: list[str] | str = Field(
+        default_factory=list, description="folders with your own task YAML files"
+    )
+    items: ItemsSection = ItemsSection()  # type: ignore[call-arg]
+    batch_size: int = Field(64, ge=1, le=65536)
+    allow_task_code: bool = Field(False, description="let task files run Python code")
+
+
+class SearchSection(Section):
+    """How the space is searched."""
+
+    searcher: str = Field("nsga2", description="see `evomerge list searchers`")
+    arguments: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    trials: int = Field(150, ge=1, le=1_000_000, description="beside the baselines")
+    parallel: int | None = Field(
+        None, ge=1, le=4096, description="outstanding trials; twice the workers where absent"
+    )
+    finalists: int = Field(12, ge=1, le=1000, description="re-scored on the validation items")
+
+
+class BaselinesSection(Section):
+    """What the search is compared with, beside base, experts and uniform average."""
+
+    task_arithmetic: list[float] = Field(
+        default_factory=lambda: [0.3, 0.5, 0.7, 0.9, 1.1],
+        max_length=100,
+        description="scales at which all task vectors are added with one coefficient",
+    )
+
+
+class PoolSection(Section):
+    """Where trials run."""
+
+    kind: Literal["ray", "serial"] = "ray"
+    workers: int = Field(2, ge=1, le=4096)
+    cpus_per_worker: int = Field(1, ge=1, le=1024)
+    gpus_per_worker: float = Field(0, ge=0, le=16)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout: float | None = Field(None, gt=0, description="seconds per trial; none where absent")
+    max_attempts: int = Field(3, ge=1, le=100, description="workers that one trial may kill")
+
+
+class TrackingSection(Section):
+    """Where MLflow records the study."""
+
+    enabled: bool = True
+    uri: str | None = Field(None, description="tracking URI; a local sqlite store where absent")
+    experiment: str = Field("evomerge", min_length=1, max_length=200)
+
+
+class StudyFile(Section):
+    """One study: models, space, fitness, search."""
+
+    name: Name | None = Field(None, description="the file's name where absent")
+    seed: int = Field(0, ge=0, le=4294967295)
+    directory: str | None = Field(None, description="of journal and results; studies/<name>")
+    models: ModelsSection
+    space: SpaceSection = SpaceSection()  # type: ignore[call-arg]
+    fitness: FitnessSection
+    search: SearchSection = SearchSection()  # type: ignore[call-arg]
+    baselines: BaselinesSection = BaselinesSection()
+    pool: PoolSection = PoolSection()  # type: ignore[call-arg]
+    tracking: TrackingSection = TrackingSection()  # type: ignore[call-arg]
+
+    def to_yaml(self) -> str:
+        """Return the file with every default filled in."""
+        return strict_yaml.dump(self.model_dump(mode="json"))
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of study files, for editors."""
+    return StudyFile.model_json_schema()
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> StudyFile:
+    """Read a study file.
+
+    Args:
+        path: of the YAML file.
+        overrides: ``dotted.key=value`` with the value in YAML.
+
+    Raises:
+        StudyFileError: every problem, with its dotted path.
+    """
+    data = strict_yaml.read_mapping(path)
+    for override in overrides:
+        _override(data, override)
+    try:
+        study = StudyFile.model_validate(data)
+    except ValidationError as error:
+        raise StudyFileError(str(path), _problems(error, data)) from error
+    return study.model_copy(update={"name": study.name or _default_name(path)})
+
+
+def _default_name(path: Path) -> str:
+    """Return a valid study name from a file's name (``study.yaml`` takes its folder's)."""
+    stem = path.stem if path.stem != "study" else path.resolve().parent.name
+    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in stem.lower()).strip("-_")[:63]
+    return name or "study"
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise StudyFileError("--set", [f"{override!r}: expected dotted.key=value"])
+    value = strict_yaml.parse_mapping(f"value: {text}", "--set")["value"]
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise StudyFileError("--set", [f"{key}: {parent} is not a mapping"])
+    data[leaf] = value
+
+
+def _problems(error: ValidationError, data: dict[str, Any]) -> list[str]:
+    """Return one line per problem: ``dotted.path: problem (remedy)``, each place once."""
+    lines: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        location = [part for part in item["loc"] if not _is_union_branch(part)]
+        path = _dotted(location)
+        if item["type"] == "extra_forbidden":
+            known = _keys_at(location[:-1])
+            line = f"{path}: unknown key{suggest(str(location[-1]), known)}"
+        elif item["type"] == "missing":
+            line = f"{path}: is missing"
+        else:
+            line = f"{path}: {_message(item)}"
+        # A union reports each of its branches; the first line is the most useful one.
+        lines.setdefault(path, line)
+    # Where a mapping was given, what is wrong inside says more than "is not a number".
+    outer = {
+        path
+        for path, line in lines.items()
+        if line.endswith("got a dict") and any(other.startswith(f"{path}.") for other in lines)
+    }
+    return [line for path, line in lines.items() if path not in outer]
+
+
+def _message(item: Any) -> str:
+    message = str(item["msg"]).removeprefix("Input ")
+    if item["type"] == "string_pattern_mismatch":
+        message = "use letters, digits, '-' and '_' (at most 63, starting with a letter or digit)"
+    value = item.get("input")
+    if isinstance(value, str | int | float | bool) or value is None:
+        hint = " (quote it)" if item["type"] == "string_type" and value is not None else ""
+        return f"{message}, got {json.dumps(value)}{hint}"
+    return f"{message}, got a {type(value).__name__}"
+
+
+_BRANCHES = {"str", "int", "float", "bool", "RangeSection", "TaskSection", "[key]"}
+
+
+def _is_union_branch(part: int | str) -> bool:
+    return isinstance(part, str) and (
+        part in _BRANCHES or part.startswith(("list[", "constrained"))
+    )
+
+
+def _dotted(location: Sequence[int | str]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.removeprefix(".") or "study file"
+
+
+def _keys_at(location: Sequence[int | str]) -> list[str]:
+    """Return the valid keys of the mapping at a location of the study file."""
+    section: Any = StudyFile
+    for part in location:
+        if isinstance(part, int):
+            continue
+        fields: dict[str, FieldInfo] = getattr(section, "model_fields", {})
+        if part in fields:
+            section = _section_of(fields[part])
+        elif section is None:
+            return []
+    return list(getattr(section, "model_fields", {}))
+
+
+def _section_of(field: FieldInfo) -> type[Section] | None:
+    """Return the section that a field holds, directly or inside a list, dict or union."""
+    stack: list[Any] = [field.annotation]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, type) and issubclass(item, Section):
+            return item
+        stack.extend(getattr(item, "__args__", ()))
+    return None

@@ -1,0 +1,439 @@
+"""Take a merge home: a checkpoint with its recipe, its scores and how to repeat both.
+
+The directory appears whole or not at all: everything is written and checked beside it, then
+renamed. Nothing in it names a path or a user of the machine that made it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evomerge import __version__
+from evomerge.checkpoint import ITEM_BYTES, Checkpoint, open_checkpoint
+from evomerge.errors import InputError, NothingUsableError, RecipeError, StorageError
+from evomerge.front_table import point_name, table_points
+from evomerge.layout import Layout
+from evomerge.merge.writer import write_checkpoint
+from evomerge.mergekit_yaml import MergekitConfig, mergekit_config
+from evomerge.model_card import CardFacts, model_card
+from evomerge.models import Models
+from evomerge.presentation import front_data, study_name
+from evomerge.recipe import ModelRef, Recipe
+from evomerge.scoring import Scoring, lm_eval_command, lm_eval_runs
+from evomerge.study_record import SPLITS, Split
+from evomerge.study_view import StudyView
+from evomerge.trial import Evaluation, TrialState
+
+RECIPE_FILE = "evomerge_recipe.json"
+SCORES_FILE = "evomerge_scores.json"
+MERGEKIT_FILE = "mergekit_config.yml"
+#: What makes a directory of weights a model, copied from the base where it has it.
+_COMPANIONS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+#: Keys in which transformers keeps the path that a file was loaded from.
+_PATH_KEYS = ("_name_or_path", "name_or_path")
+_SPARE_BYTES = 64 << 20
+_CHECK_ELEMENTS = 1 << 24
+#: Exponent bits of 16-bit floats: all set means infinite or not a number.
+_EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00}
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        out: the directory.
+        trial: number of the trial.
+        files: names in it, sorted.
+        bytes: of all of them.
+        mergekit: whether there is a mergekit configuration; else ``mergekit_reason`` says why.
+        mergekit_reason: see ``mergekit``.
+        commands: lm_eval commands that repeat the scores, for this machine.
+        expected: value of each objective that they must give.
+        split: which items they score.
+    """
+
+    out: Path
+    trial: int
+    files: tuple[str, ...]
+    bytes: int
+    mergekit: bool
+    mergekit_reason: str
+    commands: tuple[str, ...]
+    expected: Mapping[str, float]
+    split: str
+
+
+def choose(view: StudyView, *, best: str | None = None, trial: int | None = None) -> int:
+    """Return the number of the trial to export: the knee where nothing else is asked for.
+
+    Args:
+        view: the study.
+        best: name of an objective: the front member that is best in it.
+        trial: a number.
+
+    Raises:
+        InputError: unknown objective or trial, or a trial without an evaluation.
+        NothingUsableError: the knee of a study in which nothing has succeeded.
+    """
+    if best is not None and trial is not None:
+        raise InputError("export: give either an objective or a trial, not both")
+    if best is not None:
+        return view.best(best)
+    if trial is not None:
+        found = view.trial(trial)
+        if found.state is not TrialState.DONE:
+            why = found.failure.message if found.failure else "it has no result yet"
+            raise InputError(f"trial {trial}: cannot be exported: {why}")
+        return trial
+    if view.knee is None:
+        raise NothingUsableError(f"{view.directory}: no trial has succeeded, nothing to export")
+    return view.knee
+
+
+def export(
+    view: StudyView,
+    number: int,
+    models: Models,
+    out: Path,
+    scoring: Scoring | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Exported:
+    """Write trial ``number`` of a study as a checkpoint directory.
+
+    Args:
+        view: the study.
+        number: of the trial, see ``choose``.
+        models: what it is made from.
+        out: the new directory; an empty one is replaced.
+        scoring: how the study scores; None where lm_eval does not apply.
+        max_shard_bytes: largest shard.
+
+    Raises:
+        InputError: ``out`` is not empty, or cannot be made.
+        RecipeError: the models are not those of the study, or the merge is not finite.
+        StorageError: there is not enough space.
+    """
+    out = Path(os.path.abspath(out))
+    here = Path.cwd()
+    shown = out.relative_to(here) if out.is_relative_to(here) else Path(out.name)
+    _require_free(out)
+    recipe = _public_recipe(view.trial(number).recipe, models)
+    _require_space(out, models, recipe)
+    temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        temporary.mkdir()
+        write_checkpoint(recipe, models, temporary, max_shard_bytes)
+        _copy_companions(models.base, temporary)
+        mergekit = mergekit_config(recipe, models.layout, _sources(recipe))
+        files = _documents(view, number, recipe, mergekit, scoring, shown)
+        for name, text in files.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        _verify(temporary, models, recipe)
+        _publish(temporary, out)
+    except OSError as error:
+        raise _storage_error(out, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    split = _best_split(view, number)
+    written = sorted(path for path in out.iterdir())
+    return Exported(
+        out=out,
+        trial=number,
+        files=tuple(path.name for path in written),
+        bytes=sum(path.stat().st_size for path in written),
+        mergekit=mergekit.text is not None,
+        mergekit_reason=mergekit.reason,
+        commands=tuple(_commands(view, recipe, scoring, split, out)),
+        expected=_values(view, number, split),
+        split=split,
+    )
+
+
+# -- before --------------------------------------------------------------------------------
+
+
+def _require_free(out: Path) -> None:
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise InputError(f"{out}: is in the way and no directory (choose a new one)")
+    try:
+        if out.exists() and any(out.iterdir()):
+            raise InputError(f"{out}: exists and is not empty (choose a new directory)")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}") from error
+
+
+def _require_space(out: Path, models: Models, recipe: Recipe) -> None:
+    needed = models.layout.parameters * ITEM_BYTES[recipe.dtype] + _SPARE_BYTES
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise StorageError(
+            f"{out}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free "
+            "(free some space, or choose another disk)"
+        )
+
+
+def public_source(checkpoint: Checkpoint) -> str:
+    """Return how an exported file names a model: its hub id, or ``./`` and its directory's name."""
+    local = Path(checkpoint.source).expanduser().is_dir()
+    return f"./{checkpoint.directory.resolve().name}" if local else checkpoint.source
+
+
+def _public_recipe(recipe: Recipe, models: Models) -> Recipe:
+    """Return the recipe with sources that can be shown; its digest does not change."""
+    named = {one.name: public_source(one) for one in (models.base, *models.experts)}
+
+    def shown(ref: ModelRef) -> ModelRef:
+        if ref.name not in named:
+            raise RecipeError(f"recipe: the study has no model {ref.name!r}")
+        return replace(ref, source=named[ref.name])
+
+    public = replace(
+        recipe, base=shown(recipe.base), experts=tuple(shown(ref) for ref in recipe.experts)
+    )
+    assert public.digest == recipe.digest
+    return public
+
+
+def _sources(recipe: Recipe) -> dict[str, str]:
+    return {ref.name: ref.source for ref in (recipe.base, *recipe.experts)}
+
+
+# -- writing -------------------------------------------------------------------------------
+
+
+def _copy_companions(base: Checkpoint, folder: Path) -> None:
+    """Copy tokenizer and generation settings; drop the paths that transformers leaves in JSON."""
+    for name in _COMPANIONS:
+        source = base.directory / name
+        if source.is_file():
+            shutil.copyfile(source, folder / name)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        path = folder / name
+        if not path.exists():
+            continue
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if any(key in data for key in _PATH_KEYS):
+            kept = {key: value for key, value in data.items() if key not in _PATH_KEYS}
+            text = json.dumps(kept, indent=2, ensure_ascii=False)
+            path.write_text(text + "\n", encoding="utf-8")
+
+
+def _documents(
+    view: StudyView,
+    number: int,
+    recipe: Recipe,
+    mergekit: MergekitConfig,
+    scoring: Scoring | None,
+    shown: Path,
+) -> dict[str, str]:
+    """Return recipe, scores, documents to score, mergekit configuration and model card."""
+    split = _best_split(view, number)
+    commands = list(_commands(view, recipe, scoring, split, shown))
+    files = {RECIPE_FILE: recipe.to_json()}
+    if mergekit.text is not None:
+        files[MERGEKIT_FILE] = mergekit.text
+    if scoring is not None:
+        runs = lm_eval_runs(scoring, view.contract["items"][split])
+        for index, run in enumerate(runs):
+            files[_samples_name(index)] = json.dumps(run.samples) + "\n"
+    scores = _scores(view, number, recipe, split, commands)
+    files[SCORES_FILE] = json.dumps(scores, indent=1, allow_nan=False) + "\n"
+    files["README.md"] = model_card(_card(view, number, recipe, mergekit, commands, shown))
+    return files
+
+
+def _samples_name(index: int) -> str:
+    return f"evomerge_samples{f'_{index + 1}' if index else ''}.json"
+
+
+def _commands(
+    view: StudyView, recipe: Recipe, scoring: Scoring | None, split: Split, shown: Path
+) -> list[str]:
+    if scoring is None:
+        return []
+    runs = lm_eval_runs(scoring, view.contract["items"][split])
+    return [
+        lm_eval_command(scoring, run, str(shown), recipe.dtype, str(shown / _samples_name(index)))
+        for index, run in enumerate(runs)
+    ]
+
+
+def _evaluation(view: StudyView, number: int, split: Split) -> Evaluation | None:
+    if split == "search":
+        return view.trial(number).evaluation
+    return (view.validation if split == "validation" else view.test).get(number)
+
+
+def _best_split(view: StudyView, number: int) -> Split:
+    """Return the most independent split that the trial was scored on."""
+    return next((s for s in reversed(SPLITS) if _evaluation(view, number, s)), "search")
+
+
+def _values(view: StudyView, number: int, split: Split) -> dict[str, float]:
+    evaluation = _evaluation(view, number, split)
+    if evaluation is None:
+        return {}
+    pairs = zip(view.objectives, evaluation.values, strict=True)
+    return {objective.name: value for objective, value in pairs}
+
+
+def _scores(
+    view: StudyView, number: int, recipe: Recipe, split: Split, commands: list[str]
+) -> dict[str, Any]:
+    objectives: dict[str, Any] = {}
+    for index, objective in enumerate(view.objectives):
+        entry: dict[str, Any] = {"direction": objective.direction.value, "unit": objective.unit}
+        for name in SPLITS:
+            evaluation = _evaluation(view, number, name)
+            if evaluation is not None:
+                score = evaluation.scores[index]
+                entry[name] = {
+                    "value": score.value,
+                    "standard_error": score.standard_error,
+                    "n": len(score.items),
+                }
+        objectives[objective.name] = entry
+    names = [objective.name for objective in view.objectives]
+    return {
+        "schema": 1,
+        "evomerge": __version__,
+        "study": study_name(view),
+        "trial": number,
+        "label": view.trial(number).label,
+        "on_front": number in view.front,
+        "recipe": recipe.digest,
+        "objectives": objectives,
+        "reproduce": {
+            "split": split,
+            "expected": _values(view, number, split),
+            "items": dict(zip(names, view.contract["items"][split], strict=True)),
+            "run_from": "the folder of the study file",
+            "commands": commands,
+            "versions": view.contract["identity"].get("versions", {}),
+        },
+    }
+
+
+def _card(
+    view: StudyView,
+    number: int,
+    recipe: Recipe,
+    mergekit: MergekitConfig,
+    commands: list[str],
+    shown: Path,
+) -> CardFacts:
+    data = front_data(view)
+    split = _best_split(view, number)
+    rivals = [
+        (point_name(point, data), evaluation)
+        for point in table_points(data)
+        if point.label and point.number != number
+        if (evaluation := _evaluation(view, point.number, split)) is not None
+    ]
+    scores: dict[str, Evaluation] = {
+        name: evaluation
+        for name in SPLITS
+        if (evaluation := _evaluation(view, number, name)) is not None
+    }
+    place = f"It is trial {number} of the study “{study_name(view)}”"
+    if number == view.knee:
+        place += f", the recommended one of {len(view.front)} on its Pareto front."
+    elif number in view.front:
+        place += f", one of {len(view.front)} on its Pareto front."
+    else:
+        place += "; it is not on its Pareto front."
+    return CardFacts(
+        title=shown.name,
+        recipe=recipe,
+        sources=_sources(recipe),
+        objectives=view.objectives,
+        scores=scores,
+        rivals=rivals,
+        rival_split=split,
+        place=place,
+        mergekit=mergekit.text or "",
+        mergekit_reason=mergekit.reason,
+        commands=commands,
+        version=__version__,
+    )
+
+
+# -- after ---------------------------------------------------------------------------------
+
+
+def _verify(folder: Path, models: Models, recipe: Recipe) -> None:
+    """Read the checkpoint back: names, shapes, dtypes, and every number finite."""
+    from safetensors import safe_open
+
+    written = open_checkpoint(str(folder), "export", "export")
+    expected = _expected(models.layout, recipe) | {
+        name: (models.base.tensors[name].dtype, models.base.tensors[name].shape)
+        for name in models.buffers
+    }
+    found = {name: (entry.dtype, entry.shape) for name, entry in written.tensors.items()}
+    assert found == expected, sorted(set(found.items()) ^ set(expected.items()))[:3]
+    shards = sorted({entry.shard for entry in written.tensors.values()})
+    names: set[str] = set()
+    for shard in shards:
+        with safe_open(shard, framework="numpy") as file:
+            names.update(file.keys())
+    assert names == set(expected)
+    for name, (dtype, _) in expected.items():
+        if name not in models.buffers and not _finite(written, name, dtype):
+            raise RecipeError(
+                f"export: {name} is not finite in {dtype}: the coefficients are too large for it "
+                "(use a wider dtype or smaller ranges)"
+            )
+
+
+def _expected(layout: Layout, recipe: Recipe) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {slot.name: (recipe.dtype, slot.shape) for slot in layout.slots}
+
+
+def _finite(checkpoint: Checkpoint, name: str, dtype: str) -> bool:
+    bits = checkpoint.read(name)
+    for start in range(0, len(bits), _CHECK_ELEMENTS):
+        piece = bits[start : start + _CHECK_ELEMENTS]
+        mask = _EXPONENTS.get(dtype)
+        good = np.isfinite(piece) if mask is None else (piece & mask) != mask
+        if not bool(np.all(good)):
+            return False
+    return True
+
+
+def _publish(temporary: Path, out: Path) -> None:
+    """Make everything durable, then let it appear under its name."""
+    for path in (*sorted(temporary.iterdir()), temporary):
+        _fsync(path)
+    temporary.rename(out)
+    _fsync(out.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _storage_error(out: Path, error: OSError) -> InputError | StorageError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(f"{out}: the disk is full; nothing was left behind (free some space)")
+    return InputError(f"{out}: cannot be written: {error.strerror or error}")

@@ -1,0 +1,185 @@
+"""What the command line reports, as plain data: the source of every ``--json`` and of tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evomerge.comparison import Difference, paired_difference
+from evomerge.export import Exported
+from evomerge.prepare import Prepared
+from evomerge.study_view import StudyView
+from evomerge.trial import Evaluation, Trial
+
+
+def plan_facts(prepared: Prepared) -> dict[str, Any]:
+    """Return what a study would do."""
+    file, space = prepared.file, prepared.space
+    splits = [
+        f"{objective.name} ({objective.direction}): {len(split.search)} search, "
+        f"{len(split.validation)} validation, {len(split.test)} test items"
+        for objective, split in zip(prepared.tasks.objectives, prepared.splits, strict=True)
+    ]
+    layout = prepared.models.layout
+    pool = file.pool
+    workers = (
+        "1, in this process"
+        if pool.kind == "serial"
+        else f"{pool.workers} on Ray, each {pool.cpus_per_worker} CPU, {pool.gpus_per_worker:g} GPU"
+    )
+    return {
+        "study": str(file.name),
+        "directory": str(prepared.directory),
+        "models": [
+            f"{model.name}: {model.source}"
+            for model in (prepared.models.base, *prepared.models.experts)
+        ],
+        "size": f"{layout.parameters:,} parameters, {len(layout.slots)} tensors, {space.dtype}",
+        "objectives": splits,
+        "space": (
+            f"{file.space.method}, partition {file.space.partition}: {space.dimension} "
+            f"coefficients ({len(space.blocks)} blocks)"
+        ),
+        "search": (
+            f"{file.search.searcher}: {file.search.trials} trials after "
+            f"{len(prepared.baselines)} baselines, {prepared.parallel} at a time, "
+            f"seed {file.seed}"
+            + (", on the weighted mean of the objectives" if prepared.scalarise else "")
+        ),
+        "workers": workers,
+        "warnings": list(prepared.warnings),
+    }
+
+
+def status_facts(view: StudyView) -> dict[str, Any]:
+    """Return where a study stands."""
+    counts = view.counts
+    facts: dict[str, Any] = {
+        "state": view.state.value,
+        "trials": counts.done,
+        "failed": counts.failed,
+        "waiting": counts.waiting,
+        "planned": counts.budget + len(view.contract["baselines"]),
+        "front": len(view.front),
+    }
+    if view.front:
+        facts["hypervolume"] = round(view.hypervolume, 6)
+    for objective in view.objectives:
+        if view.front:
+            best = view.best(objective.name)
+            evaluation = view.scores(best)
+            assert evaluation is not None
+            value = evaluation.values[view.objectives.index(objective)]
+            facts[f"best {objective.name}"] = f"{value:.4f} (trial {best})"
+    if view.message:
+        facts["message"] = view.message
+    return facts
+
+
+def front_rows(view: StudyView) -> list[Trial]:
+    """Return the front, best mean first, then base, experts, uniform and the best grid point."""
+    front = [view.trial(number) for number in view.front]
+    shown = [t for t in view.baselines if not t.label.startswith("task_arithmetic:")]
+    best = best_task_arithmetic(view)
+    shown += [best] if best is not None else []
+    front.sort(key=lambda trial: -mean_score(view, trial.number))
+    return front + [trial for trial in shown if trial.number not in view.front]
+
+
+def best_task_arithmetic(view: StudyView) -> Trial | None:
+    """Return the best single-coefficient merge, chosen on validation items, never on test."""
+    grid = [
+        trial
+        for trial in view.baselines
+        if trial.label.startswith("task_arithmetic:") and view.scores(trial.number) is not None
+    ]
+    return max(grid, key=lambda trial: mean_score(view, trial.number), default=None)
+
+
+def mean_score(view: StudyView, number: int) -> float:
+    """Return the weighted mean over the objectives on the deciding split; larger is better."""
+    evaluation = view.scores(number)
+    if evaluation is None:
+        return float("-inf")
+    pairs = list(zip(view.objectives, evaluation.values, strict=True))
+    return -sum(o.weight * o.loss(v) for o, v in pairs) / sum(o.weight for o, _ in pairs)
+
+
+def trial_name(trial: Trial) -> str:
+    """Return what a reader calls the trial."""
+    return trial.label or f"trial {trial.number}"
+
+
+def gains(view: StudyView) -> list[tuple[str, Difference]]:
+    """Return what the recommended merge gains over each baseline shown, paired, on test items."""
+    if view.knee is None or view.knee not in view.test:
+        return []
+    ours = view.test[view.knee]
+    return [
+        (trial_name(trial), paired_difference(view.objectives, ours, view.test[trial.number]))
+        for trial in front_rows(view)
+        if trial.kind == "baseline" and trial.number != view.knee and trial.number in view.test
+    ]
+
+
+def front_facts(view: StudyView) -> dict[str, Any]:
+    """Return the front, the baselines and the gains."""
+    return {
+        "state": view.state.value,
+        "objectives": [objective.name for objective in view.objectives],
+        "front_split": view.front_split,
+        "recommended": view.knee,
+        "merges": [_merge_facts(view, trial) for trial in front_rows(view)],
+        "gains": [
+            {
+                "against": name,
+                "mean": difference.value,
+                "standard_error": difference.standard_error,
+                "clear": difference.clear,
+            }
+            for name, difference in gains(view)
+        ],
+    }
+
+
+def _merge_facts(view: StudyView, trial: Trial) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "trial": trial.number,
+        "name": trial_name(trial),
+        "kind": trial.kind,
+        "front": trial.number in view.front,
+        "recipe": trial.recipe.digest,
+    }
+    splits = {
+        "search": trial.evaluation,
+        "validation": view.validation.get(trial.number),
+        "test": view.test.get(trial.number),
+    }
+    for split, evaluation in splits.items():
+        if evaluation is not None:
+            facts[split] = _score_facts(view, evaluation)
+    return facts
+
+
+def _score_facts(view: StudyView, evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        objective.name: {
+            "value": score.value,
+            "standard_error": score.standard_error,
+            "items": len(score.items),
+        }
+        for objective, score in zip(view.objectives, evaluation.scores, strict=True)
+    }
+
+
+def export_facts(exported: Exported) -> dict[str, Any]:
+    """Return what was written, and how to repeat its scores."""
+    return {
+        "directory": str(exported.out),
+        "trial": exported.trial,
+        "bytes": exported.bytes,
+        "files": list(exported.files),
+        "mergekit": "mergekit_config.yml" if exported.mergekit else exported.mergekit_reason,
+        "scored on": exported.split,
+        "scores": [f"{name} {value!r}" for name, value in exported.expected.items()],
+        "repeat": list(exported.commands),
+    }

@@ -1,0 +1,1 @@
+"""Fitness: what a merged model is worth, item by item."""

@@ -1,0 +1,86 @@
+"""The front as a static picture, for places that show no HTML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from evomerge.front_page import FrontData, FrontPoint
+from evomerge.front_table import point_name
+from evomerge.trial import Direction
+
+_STYLE: dict[str, tuple[str, str, float]] = {
+    "base": ("s", "#1b1f24", 60),
+    "expert": ("D", "#0b62b8", 55),
+    "uniform": ("^", "#117a4b", 75),
+    "task_arithmetic": ("v", "#7c3aed", 75),
+    "grid": ("o", "#7c3aed", 16),
+}
+_FRONT = "#c2410c"
+
+
+def save_front(data: FrontData, path: Path) -> None:
+    """Draw the first two objectives, or one over the trials; the suffix chooses the format.
+
+    Args:
+        data: the front.
+        path: ``.png`` or ``.svg``.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)  # without pyplot: no global state, no window
+    axes = figure.add_subplot()
+    # Dots first: they settle the limits by which labels choose their side.
+    for point in sorted(data.points, key=lambda point: point.kind != "search" or point.front):
+        if point.shown is not None:
+            _draw(axes, data, point)
+    single = len(data.objectives) == 1
+    axes.set_xlabel("trial" if single else _axis(data, 0))
+    axes.set_ylabel(_axis(data, 0 if single else 1))
+    if not single and data.objectives[0].direction is Direction.MINIMIZE:
+        axes.invert_xaxis()
+    if data.objectives[0 if single else 1].direction is Direction.MINIMIZE:
+        axes.invert_yaxis()
+    axes.grid(alpha=0.25)
+    axes.set_title(data.title)
+    figure.savefig(path)
+
+
+def _axis(data: FrontData, index: int) -> str:
+    objective = data.objectives[index]
+    unit = "" if objective.unit == "fraction" else f" ({objective.unit})"
+    return f"{objective.name}{unit} →"
+
+
+def _draw(axes: Any, data: FrontData, point: FrontPoint) -> None:
+    measured = point.shown
+    assert measured is not None
+    single = len(data.objectives) == 1
+    x = float(point.number) if single else measured.values[0]
+    y = measured.values[0 if single else 1]
+    if point.kind == "search" and not point.front:
+        axes.scatter([x], [y], s=9, c="#8c959f", alpha=0.6, linewidths=0, zorder=1)
+        return
+    if point.kind == "search":
+        colour = _FRONT
+        marker, size = ("*", 230.0) if point.number == data.knee else ("o", 48.0)
+    else:
+        marker, colour, size = _STYLE[point.kind]
+    errors = measured.standard_errors
+    axes.errorbar(
+        [x], [y], xerr=None if single else [errors[0]], yerr=[errors[0 if single else 1]],
+        fmt="none", ecolor=colour, alpha=0.4, elinewidth=1, zorder=2,
+    )  # fmt: skip
+    axes.scatter(
+        [x], [y], s=size, c=colour, marker=marker, edgecolors="white", linewidths=0.8, zorder=3
+    )
+    if point.kind not in ("search", "grid") or point.number == data.knee:
+        low, high = axes.get_xlim()
+        left = x > low + 0.7 * (high - low)
+        axes.annotate(
+            point_name(point, data), (x, y), xytext=(-8 if left else 8, 6),
+            ha="right" if left else "left", textcoords="offset points",
+            fontsize=9, color=colour, fontweight="bold", zorder=4,
+        )  # fmt: skip

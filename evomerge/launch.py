@@ -1,0 +1,161 @@
+"""Run a prepared study: resolved file, journal, pool, tracking."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evomerge.config import StudyFile
+from evomerge.errors import InputError, StorageError
+from evomerge.journal import JOURNAL as JOURNAL_FILE
+from evomerge.prepare import Prepared
+from evomerge.presentation import STUDY_FILE, project
+from evomerge.study import Phase, Progress, Study, StudyListener
+from evomerge.study_record import Result, Split
+from evomerge.study_view import StudyView
+from evomerge.tracking import Tracker, sync
+from evomerge.tracking_target import Synced, Target, tracking_target
+from evomerge.trial import Trial
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A study that ran to its end.
+
+    Attributes:
+        view: what came out.
+        target: where it is tracked, None when tracking is off.
+        synced: its run in MLflow, None when MLflow was not reached.
+        problem: why MLflow lacks something; empty when it holds everything.
+    """
+
+    view: StudyView
+    target: Target | None
+    synced: Synced | None
+    problem: str
+
+
+def run(prepared: Prepared, listeners: Sequence[StudyListener]) -> Finished:
+    """Run a study to its end, from wherever its journal stands.
+
+    Args:
+        prepared: checked study file.
+        listeners: are told what happens.
+
+    Raises:
+        EvomergeError: as ``Study.run``.
+    """
+    target = _target(prepared.file, prepared.directory)
+    parallel = prepared.parallel
+    if (prepared.directory / JOURNAL_FILE).exists() and prepared.file.search.parallel is None:
+        # The window is part of the replay contract; the number of workers may have changed.
+        parallel = _recorded_parallel(prepared.directory) or parallel
+    tracking = _Tracking(prepared, target)
+    study = Study(
+        prepared.directory,
+        identity=prepared.identity(),
+        objectives=prepared.tasks.objectives,
+        splits=prepared.splits,
+        dimension=prepared.space.dimension,
+        decode=prepared.space.decode,
+        make_searcher=prepared.make_searcher,
+        baselines=prepared.baselines,
+        make_pool=prepared.make_pool,
+        budget=prepared.file.search.trials,
+        parallel=parallel,
+        seed=prepared.file.seed,
+        scalarise=prepared.scalarise,
+        finalists=prepared.file.search.finalists,
+        listeners=[*listeners, tracking],
+    )
+    try:
+        view = study.run()
+    finally:
+        tracking.close()
+    tracker = tracking.tracker
+    if tracker is None:
+        return Finished(view, target, None, "")
+    return Finished(view, target, tracker.synced, tracker.problem)
+
+
+def _target(file: StudyFile, directory: Path) -> Target | None:
+    if not file.tracking.enabled:
+        return None
+    uri = file.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+    return tracking_target(uri, file.tracking.experiment, directory)
+
+
+def _recorded_parallel(directory: Path) -> int | None:
+    try:
+        value = StudyView.load(directory).contract["parallel"]
+    except StorageError:
+        return None  # Study.run reports what is wrong with the journal
+    return int(value)
+
+
+def save_resolved(file: StudyFile, directory: Path) -> None:
+    """Write the study file with its defaults into the study's directory, atomically."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = directory / f".{STUDY_FILE}.tmp"
+    temporary.write_text(file.to_yaml(), encoding="utf-8")
+    temporary.replace(directory / STUDY_FILE)
+
+
+def sync_study(directory: Path) -> Synced:
+    """Send to MLflow whatever it lacks of the study in ``directory``.
+
+    Raises:
+        InputError: tracking is off in the study, or the study was never run.
+        SetupError: MLflow cannot be reached.
+    """
+    from evomerge.config import load
+
+    path = directory / STUDY_FILE
+    if not path.exists():
+        raise InputError(f"{directory}: no {STUDY_FILE} there (evomerge run writes it)")
+    target = _target(load(path), directory)
+    if target is None:
+        raise InputError(f"{path}: tracking.enabled is false")
+    return sync(project(StudyView.load(directory)), target)
+
+
+class _Tracking(StudyListener):
+    """Starts the tracker when the study has begun, and wakes it at every result."""
+
+    def __init__(self, prepared: Prepared, target: Target | None) -> None:
+        self.tracker: Tracker | None = None
+        self._prepared = prepared
+        self._target = target
+
+    def on_phase(self, phase: Phase, total: int) -> None:
+        self._notify()
+
+    def on_workers(self, facts: Mapping[str, str]) -> None:
+        self._notify()
+
+    def on_progress(self, progress: Progress) -> None:
+        self._notify()
+
+    def on_trial(self, trial: Trial, replayed: bool) -> None:
+        self._notify()
+
+    def on_score(self, trial: Trial, split: Split, result: Result) -> None:
+        self._notify()
+
+    def on_finish(self, view: StudyView) -> None:
+        self._notify()
+
+    def _notify(self) -> None:
+        if self._target is None:
+            return
+        if self.tracker is None:
+            directory = self._prepared.directory
+            save_resolved(self._prepared.file, directory)
+            self.tracker = Tracker(lambda: project(StudyView.load(directory)), self._target)
+        self.tracker.notify()
+
+    def close(self) -> None:
+        if self.tracker is not None:
+            self.tracker.close()

@@ -1,0 +1,388 @@
+"""From a study file to the objects of a study: every problem is found before weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from evomerge.config import ItemsSection, RangeSection, StudyFile, TaskSection
+from evomerge.errors import EvomergeError, InputError, SetupError, StudyFileError, suggest
+from evomerge.fitness.lm_eval import LmEvalTasks, TaskSpec
+from evomerge.fitness.splits import ItemSplit, split_items
+from evomerge.layout import PARTITIONS, partition
+from evomerge.merge.methods import METHODS, Method, Scope
+from evomerge.models import Models, open_models
+from evomerge.pool import Pool, SerialPool
+from evomerge.search.baselines import Baseline, baselines
+from evomerge.search.protocol import Searcher, SearchProblem
+from evomerge.search.registry import argument_problems, find_searcher, make_searcher
+from evomerge.space import Range, Space
+from evomerge.worker import ModelWorkerFactory
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a study needs, checked.
+
+    Attributes:
+        file: the study file with its defaults.
+        root: folder that relative paths start from.
+        directory: of journal and results.
+        models: opened and compared, from headers.
+        tasks: loaded, without a model.
+        splits: item ids of each objective [m].
+        space: what is searched.
+        baselines: what it is compared with.
+        factory: builds a worker.
+        warnings: what a user should know before starting; nothing that prevents it.
+    """
+
+    file: StudyFile
+    root: Path
+    directory: Path
+    models: Models
+    tasks: LmEvalTasks
+    splits: tuple[ItemSplit, ...]
+    space: Space
+    baselines: tuple[Baseline, ...]
+    factory: ModelWorkerFactory
+    warnings: tuple[str, ...]
+
+    @property
+    def parallel(self) -> int:
+        """Outstanding trials; part of the replay contract."""
+        return self.file.search.parallel or 2 * self.file.pool.workers
+
+    @property
+    def scalarise(self) -> bool:
+        """Whether the searcher sees one weighted loss instead of all."""
+        many = len(self.tasks.objectives) > 1
+        return many and not find_searcher(self.file.search.searcher).multi_objective
+
+    def make_searcher(self, problem: SearchProblem) -> Searcher:
+        """Build the searcher of the study file."""
+        return make_searcher(self.file.search.searcher, self.file.search.arguments, problem)
+
+    def make_pool(self) -> Pool:
+        """Build the pool of the study file."""
+        pool = self.file.pool
+        if pool.kind == "serial":
+            return SerialPool(self.factory)
+        from evomerge.ray_pool import RayPool
+
+        return RayPool(
+            self.factory,
+            workers=pool.workers,
+            cpus_per_worker=pool.cpus_per_worker,
+            gpus_per_worker=pool.gpus_per_worker,
+            max_attempts=pool.max_attempts,
+            timeout=pool.timeout,
+        )
+
+    def identity(self) -> Mapping[str, object]:
+        """Return what must not change between the runs of one study."""
+        return {
+            "name": str(self.file.name),
+            "blocks": list(self.space.blocks),
+            "searcher": self.file.search.searcher,
+            "arguments": dict(self.file.search.arguments),
+            "space": self.space.digest,
+            "fitness": self.tasks.digest,
+            "models": [self.models.base.fingerprint]
+            + [expert.fingerprint for expert in self.models.experts],
+        }
+
+
+def study_directory(file: StudyFile, root: Path) -> Path:
+    """Return where a study keeps its journal and results."""
+    return root / (file.directory or f"studies/{file.name}")
+
+
+def prepare(file: StudyFile, path: Path) -> Prepared:
+    """Check a study file against the world and return its objects.
+
+    Reads headers, configs and tasks; no weights, no GPU, no Ray.
+
+    Args:
+        file: the study file.
+        path: where it lies; relative paths in it start from its folder.
+
+    Raises:
+        StudyFileError: every problem that could be found, together.
+        SetupError: only the environment is at fault.
+    """
+    root = path.resolve().parent
+    problems: list[str] = []
+    found: dict[str, object] = {}
+
+    def attempt(name: str, action: Callable[[], object]) -> None:
+        try:
+            found[name] = action()
+        except (InputError, SetupError) as error:
+            problems.extend(str(error).splitlines())
+            found.setdefault("setup", isinstance(error, SetupError))
+
+    attempt("search", lambda: _check_search(file))
+    attempt("columns", lambda: _columns(file))
+    attempt("models", lambda: _open(file, root))
+    attempt("tasks", lambda: _load_tasks(file, root))
+    tasks = found.get("tasks")
+    if isinstance(tasks, LmEvalTasks):
+        loaded = tasks
+        attempt("splits", lambda: _splits(file, loaded))
+    if problems:
+        if found.get("setup") and len(problems) == 1:
+            raise SetupError(problems[0])
+        raise StudyFileError(str(path), problems)
+    models, columns, splits = found["models"], found["columns"], found["splits"]
+    assert isinstance(models, Models)
+    assert isinstance(tasks, LmEvalTasks)
+    assert isinstance(columns, dict)
+    assert isinstance(splits, tuple)
+    try:
+        space = _space(file, models, columns)
+    except EvomergeError as error:
+        raise StudyFileError(str(path), [str(error)]) from error
+    return Prepared(
+        file=file,
+        root=root,
+        directory=study_directory(file, root),
+        models=models,
+        tasks=tasks,
+        splits=splits,
+        space=space,
+        baselines=_baselines(file, space),
+        factory=_factory(file, root, space),
+        warnings=tuple(_warnings(file, space)),
+    )
+
+
+def _check_search(file: StudyFile) -> None:
+    problems = argument_problems(file.search.searcher, file.search.arguments)
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def _method(file: StudyFile) -> Method:
+    name = file.space.method
+    if name not in METHODS:
+        raise InputError(f"space.method: unknown {name!r}{suggest(name, METHODS)}")
+    return METHODS[name]
+
+
+def _columns(file: StudyFile) -> dict[str, float | Range]:
+    """Return the columns of the table: searched ranges and fixed numbers."""
+    method = _method(file)
+    if file.space.partition not in PARTITIONS:
+        name = file.space.partition
+        raise InputError(f"space.partition: unknown {name!r}{suggest(name, PARTITIONS)}")
+    experts = tuple(file.models.experts)
+    problems = list(_experts_problem(method, len(experts)))
+    given = {
+        name: value
+        for name, value in file.space.parameters.items()
+        if name not in {option.name for option in method.options}
+    }
+    columns: dict[str, float | Range] = {}
+    for parameter in method.parameters:
+        per_expert = parameter.scope is Scope.EXPERT
+        names = [f"{parameter.name}.{expert}" for expert in experts] if per_expert else []
+        for column in names or [parameter.name]:
+            value = given.get(column, given.get(parameter.name))
+            if value is None:
+                # An essential number is searched, any other keeps its default.
+                low, high = parameter.search
+                columns[column] = (
+                    Range(low, high) if parameter.default is None else parameter.default
+                )
+                continue
+            try:
+                columns[column] = _column_value(column, value, parameter.low, parameter.high)
+            except InputError as error:
+                problems.append(str(error))
+        given = {name: value for name, value in given.items() if name not in names}
+        given.pop(parameter.name, None)
+    known = [*columns, *(p.name for p in method.parameters), *(o.name for o in method.options)]
+    problems += [
+        f"space.parameters.{name}: {method.name} has no such parameter{suggest(name, known)}"
+        for name in given
+    ]
+    problems += _option_problems(file, method)
+    if not any(isinstance(value, Range) for value in columns.values()):
+        problems.append("space.parameters: nothing is searched (give at least one {low, high})")
+    if problems:
+        raise InputError("\n".join(dict.fromkeys(problems)))
+    return columns
+
+
+def _experts_problem(method: Method, count: int) -> list[str]:
+    low, high = method.experts
+    if count < low or (high is not None and count > high):
+        limit = f"{low} to {high}" if high is not None else f"at least {low}"
+        return [f"models.experts: {method.name} takes {limit} experts, got {count}"]
+    return []
+
+
+def _column_value(column: str, value: object, low: float, high: float) -> float | Range:
+    where = f"space.parameters.{column}"
+    if isinstance(value, RangeSection):
+        if not value.low < value.high:
+            raise InputError(f"{where}: low {value.low:g} must be < high {value.high:g}")
+        if value.low < low or value.high > high:
+            raise InputError(f"{where}: must lie in [{low:g}, {high:g}]")
+        return Range(value.low, value.high)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{where}: expected a number or {{low, high}}, got {value!r}")
+    if not low <= value <= high:
+        raise InputError(f"{where}: must be in [{low:g}, {high:g}], got {value:g}")
+    return float(value)
+
+
+def _option_problems(file: StudyFile, method: Method) -> list[str]:
+    problems = []
+    for option in method.options:
+        value = file.space.parameters.get(option.name, option.default)
+        if value not in option.choices or isinstance(value, bool) != isinstance(
+            option.default, bool
+        ):
+            choices = ", ".join(str(choice).lower() for choice in option.choices)
+            problems.append(f"space.parameters.{option.name}: choose from {choices}, got {value!r}")
+    return problems
+
+
+def resolve_source(source: str, root: Path) -> str:
+    """Return a model source with a local directory made absolute; hub ids pass through."""
+    local = root / Path(source).expanduser()
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
+    return str(local) if local.exists() or looks_local else source
+
+
+def _open(file: StudyFile, root: Path) -> Models:
+    experts = [(name, resolve_source(source, root)) for name, source in file.models.experts.items()]
+    return open_models(resolve_source(file.models.base, root), experts)
+
+
+def task_specs(file: StudyFile) -> tuple[TaskSpec, ...]:
+    """Return the tasks of a study file."""
+    sections = [
+        TaskSection(task=task) if isinstance(task, str) else task  # type: ignore[call-arg]
+        for task in file.fitness.tasks
+    ]
+    return tuple(
+        TaskSpec(item.task, item.metric, item.filter, item.name, item.num_fewshot, item.weight)
+        for item in sections
+    )
+
+
+def include_paths(file: StudyFile, root: Path) -> tuple[Path, ...]:
+    """Return the folders with task files, absolute."""
+    given = file.fitness.include_path
+    return tuple(root / path for path in ([given] if isinstance(given, str) else given))
+
+
+def _load_tasks(file: StudyFile, root: Path) -> LmEvalTasks:
+    folders = include_paths(file, root)
+    missing = [str(folder) for folder in folders if not folder.is_dir()]
+    if missing:
+        raise InputError(f"fitness.include_path: no such directory: {', '.join(missing)}")
+    try:
+        return LmEvalTasks.load(task_specs(file), folders, root, file.fitness.allow_task_code)
+    except InputError as error:
+        lines = [f"fitness.{line}" for line in str(error).splitlines()]
+        raise InputError("\n".join(lines)) from error
+
+
+def _splits(file: StudyFile, tasks: LmEvalTasks) -> tuple[ItemSplit, ...]:
+    items: ItemsSection = file.fitness.items
+    problems, splits = [], []
+    for objective, ids in zip(tasks.objectives, tasks.item_ids, strict=True):
+        try:
+            splits.append(
+                split_items(
+                    ids, items.search, items.validation, items.test, file.seed, objective.name
+                )
+            )
+        except InputError as error:
+            problems.append(f"fitness.items: {error}")
+    if problems:
+        raise InputError("\n".join(problems))
+    return tuple(splits)
+
+
+def _space(file: StudyFile, models: Models, columns: dict[str, float | Range]) -> Space:
+    base, experts = models.refs
+    method = _method(file)
+    options: dict[str, str | float | bool] = {
+        option.name: option.default for option in method.options
+    }
+    for name in options:
+        value = file.space.parameters.get(name, options[name])
+        assert isinstance(value, str | bool)
+        options[name] = value
+    dtype = _DTYPES[file.space.dtype] if file.space.dtype else models.dtype
+    return Space(
+        method=method.name,
+        base=base,
+        experts=experts,
+        partition=partition(models.layout, file.space.partition),
+        layout=models.layout.digest,
+        columns=columns,
+        options=options,
+        seed=file.seed,
+        dtype=dtype,
+    )
+
+
+def _baselines(file: StudyFile, space: Space) -> tuple[Baseline, ...]:
+    method = _method(file)
+    experts = tuple(file.models.experts)
+
+    def anchor(weights: tuple[float, ...]) -> dict[str, float] | None:
+        values = method.anchor(weights)
+        if values is None:
+            return None
+        columns: dict[str, float] = {}
+        for parameter in method.parameters:
+            if parameter.name not in values:
+                continue
+            if parameter.scope is Scope.EXPERT:
+                for expert, value in zip(experts, values[parameter.name], strict=True):
+                    columns[f"{parameter.name}.{expert}"] = value
+            else:
+                columns[parameter.name] = values[parameter.name][0]
+        return columns
+
+    return baselines(space, experts, anchor, file.baselines.task_arithmetic)
+
+
+def _factory(file: StudyFile, root: Path, space: Space) -> ModelWorkerFactory:
+    return ModelWorkerFactory(
+        base=resolve_source(file.models.base, root),
+        experts=tuple(
+            (name, resolve_source(source, root)) for name, source in file.models.experts.items()
+        ),
+        dtype=space.dtype,
+        device=file.pool.device,
+        threads=file.pool.cpus_per_worker,
+        tasks=task_specs(file),
+        include_paths=include_paths(file, root),
+        data_root=root,
+        allow_task_code=file.fitness.allow_task_code,
+        batch_size=file.fitness.batch_size,
+    )
+
+
+def _warnings(file: StudyFile, space: Space) -> list[str]:
+    warnings = []
+    if file.search.trials < 2 * space.dimension:
+        warnings.append(
+            f"search.trials: {file.search.trials} trials for {space.dimension} coefficients is "
+            "little (use a coarser partition, or more trials)"
+        )
+    pool = file.pool
+    if pool.device == "cuda" and pool.kind == "ray" and pool.gpus_per_worker == 0:
+        warnings.append("pool.gpus_per_worker: 0, so Ray hides the GPUs from the workers")
+    return warnings

@@ -1,0 +1,393 @@
+"""Long-lived Ray actors as workers; the only module that imports Ray.
+
+Ray itself restarts nothing here (``max_restarts=0``, ``max_task_retries=0``): it may report an
+error for a task that did finish, and it cannot count attempts per job. The pool replaces a dead
+actor, gives its job to whoever is free, and counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import pickle
+import signal
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evomerge.errors import EvomergeError, SetupError
+from evomerge.pool import build_worker, check_submit, check_wait, one_line, run_job
+from evomerge.trial import Evaluation, Failure, Job, Outcome, Worker, WorkerFactory
+
+logger = logging.getLogger(__name__)
+
+#: Ray puts sockets about 70 characters below its directory, and a socket's path has at most 107.
+_TEMP_CHARACTERS = 35
+
+#: Jobs and results are a few KB; Ray's default would reserve 30 % of the memory.
+_OBJECT_STORE_BYTES = 128 * 2**20
+
+#: Longest sleep inside Ray, so that a signal is noticed.
+_SLICE_SECONDS = 0.5
+
+
+class _Host:
+    """Lives in the actor; holds the worker. Never raises, so that an error means a death."""
+
+    def __init__(self, factory: WorkerFactory) -> None:
+        self._factory = factory
+        self._worker: Worker | None = None
+
+    def start(self) -> dict[str, str] | EvomergeError:
+        try:
+            self._worker = build_worker(self._factory)
+            return dict(self._worker.describe())
+        except EvomergeError as error:
+            return _portable(error)
+
+    def run(self, job: Job) -> Evaluation | Failure:
+        assert self._worker is not None
+        result = run_job(self._worker, job)
+        try:
+            pickle.dumps(result)
+        except Exception as error:
+            return Failure("bad_result", f"the result cannot be sent: {one_line(error)}")
+        return result
+
+
+def _portable(error: EvomergeError) -> EvomergeError:
+    """Return ``error`` if it survives pickling, else a ``SetupError`` with its text."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes, made in this line
+    except Exception:
+        return SetupError(one_line(error))
+    return error
+
+
+@dataclass
+class _Entry:
+    """A job in the pool and how often it was handed out."""
+
+    job: Job
+    attempts: int = 0
+
+
+@dataclass
+class _Slot:
+    """One place for an actor; ``ref`` is what it is busy with (starting, or a job)."""
+
+    index: int
+    generation: int = 0
+    actor: Any = None
+    ref: Any = None
+    entry: _Entry | None = None
+    ready: bool = False
+    deadline: float = math.inf
+
+    @property
+    def name(self) -> str:
+        return f"ray-{self.index}.{self.generation}"
+
+
+class RayPool:
+    """Workers as Ray actors, on this machine or on a cluster.
+
+    Args:
+        factory: builds the worker inside each actor; pickled.
+        workers: actors.
+        cpus_per_worker: reserved in Ray, and the number of threads that libraries use.
+        gpus_per_worker: reserved in Ray; fractions share a GPU.
+        address: of a running cluster; default is ``RAY_ADDRESS``, else a local Ray is started.
+        max_attempts: a job whose worker died so often fails.
+        timeout: seconds for one job; its worker is killed and the job fails.
+        start_timeout: seconds until the first worker must be up.
+
+    Raises:
+        SetupError: Ray or the workers cannot start, or do not fit on the machine.
+        EvomergeError: as the factory raised it.
+    """
+
+    def __init__(
+        self,
+        factory: WorkerFactory,
+        workers: int,
+        cpus_per_worker: float = 1.0,
+        gpus_per_worker: float = 0.0,
+        address: str | None = None,
+        max_attempts: int = 3,
+        timeout: float | None = None,
+        start_timeout: float = 1800.0,
+    ) -> None:
+        self._factory = factory
+        self._cpus = cpus_per_worker
+        self._gpus = gpus_per_worker
+        self._max_attempts = max_attempts
+        self._timeout = math.inf if timeout is None else timeout
+        self._queue: deque[_Entry] = deque()
+        self._numbers: set[int] = set()
+        self._finished: list[Outcome] = []
+        self._slots = [_Slot(index) for index in range(workers)]
+        self._start_deaths = 0
+        self._facts: dict[str, str] = {}
+        self._closed = False
+        self._ray = _import_ray()
+        self._owned = not self._ray.is_initialized()
+        try:
+            if self._owned:
+                self._connect(address or os.environ.get("RAY_ADDRESS"))
+            self._check_resources()
+            self._actor_class = self._make_actor_class()
+            for slot in self._slots:
+                self._launch(slot)
+            self._await_first(start_timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def workers(self) -> int:
+        """Number of actors."""
+        return len(self._slots)
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; see ``Pool.submit``."""
+        check_submit(job.number, self._closed, job.number in self._numbers)
+        self._numbers.add(job.number)
+        self._queue.append(_Entry(job))
+        self._dispatch()
+
+    def wait(self, timeout: float | None = None) -> Sequence[Outcome]:
+        """Return what has finished; see ``Pool.wait``.
+
+        Raises:
+            CallOrderError: nothing is in flight, or the pool is closed.
+            EvomergeError: a dead worker cannot be replaced.
+        """
+        check_wait(self._closed, bool(self._numbers))
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            left = 0.0 if self._finished else max(0.0, end - time.monotonic())
+            self._step(left)
+            if self._finished or time.monotonic() >= end:
+                break
+        finished, self._finished = self._finished, []
+        self._numbers.difference_update(outcome.number for outcome in finished)
+        return tuple(finished)
+
+    def describe(self) -> Mapping[str, str]:
+        """Return what the first worker says of itself, and where the workers are."""
+        return {
+            "pool": "ray",
+            "workers": str(self.workers),
+            "ray": self._ray.__version__,
+            **self._facts,
+        }
+
+    def close(self) -> None:
+        """Kill the actors; shut Ray down if this pool started it. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._queue.clear()
+        self._numbers.clear()
+        for slot in self._slots:
+            self._kill(slot)
+        if self._owned:
+            with _own_signals():
+                self._ray.shutdown()
+
+    # -- starting ---------------------------------------------------------------------------
+
+    def _connect(self, address: str | None) -> None:
+        options: dict[str, Any] = {
+            "namespace": "evomerge",
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        }
+        if address:
+            options["address"] = address
+        else:
+            options |= {
+                "num_cpus": math.ceil(len(self._slots) * self._cpus),
+                "include_dashboard": False,
+                "object_store_memory": _OBJECT_STORE_BYTES,
+            }
+            if len(tempfile.gettempdir()) > _TEMP_CHARACTERS:
+                options["_temp_dir"] = "/tmp/ray"  # noqa: S108 - Ray's own default
+        try:
+            with _own_signals():
+                self._ray.init(**options)
+        except Exception as error:
+            where = f"reach Ray at {address}" if address else "start Ray on this machine"
+            raise SetupError(f"could not {where}: {one_line(error)}") from error
+
+    def _check_resources(self) -> None:
+        """Refuse what can never be scheduled; a connected cluster may still grow."""
+        have = self._ray.cluster_resources()
+        for name, each in (("CPU", self._cpus), ("GPU", self._gpus)):
+            need, there = each * len(self._slots), float(have.get(name, 0.0))
+            if need <= there + 1e-9:  # fractions of a GPU are sums of floats
+                continue
+            text = (
+                f"pool: {len(self._slots)} workers with {each:g} {name} each need {need:g}, Ray "
+                f"has {there:g}"
+            )
+            if self._owned and not os.environ.get("RAY_ADDRESS") and name == "GPU":
+                raise SetupError(f"{text}; use fewer workers or less per worker")
+            logger.warning("%s; waiting for more to join", text)
+
+    def _make_actor_class(self) -> Any:
+        threads = str(max(1, int(self._cpus)))
+        names = ("OMP", "MKL", "OPENBLAS", "NUMBA")
+        env = {f"{name}_NUM_THREADS": threads for name in names}
+        return self._ray.remote(
+            num_cpus=self._cpus,
+            num_gpus=self._gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            runtime_env={"env_vars": {**env, "TOKENIZERS_PARALLELISM": "false"}},
+        )(_Host)
+
+    def _launch(self, slot: _Slot) -> None:
+        slot.generation += 1
+        slot.ready = False
+        slot.entry = None
+        slot.deadline = math.inf
+        try:
+            slot.actor = self._actor_class.remote(self._factory)
+        except (TypeError, pickle.PicklingError) as error:
+            raise SetupError(f"the worker cannot be sent to Ray: {one_line(error)}") from error
+        slot.ref = slot.actor.start.remote()
+
+    def _await_first(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not any(slot.ready for slot in self._slots):
+            self._step(_SLICE_SECONDS)
+            if time.monotonic() >= end:
+                raise SetupError(
+                    f"pool: no worker came up within {seconds:g} s; the cluster may lack free "
+                    f"resources ({self._cpus:g} CPU, {self._gpus:g} GPU per worker)"
+                )
+
+    # -- running ----------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        for slot in self._slots:
+            if not self._queue:
+                return
+            if slot.ready and slot.ref is None:
+                slot.entry = self._queue.popleft()
+                slot.entry.attempts += 1
+                slot.deadline = time.monotonic() + self._timeout
+                slot.ref = slot.actor.run.remote(slot.entry.job)
+
+    def _step(self, seconds: float) -> None:
+        """Wait for something to happen, at most ``seconds``, and deal with all that did."""
+        busy = {slot.ref: slot for slot in self._slots if slot.ref is not None}
+        now = time.monotonic()
+        due = min((slot.deadline for slot in busy.values()), default=math.inf) - now
+        timeout = max(0.0, min(seconds, due, _SLICE_SECONDS))
+        refs = list(busy)
+        ready, _ = self._ray.wait(refs, num_returns=1, timeout=timeout)
+        if ready:
+            ready, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
+        for ref in ready:
+            self._on_ready(busy[ref])
+        for slot in self._slots:
+            if slot.entry is not None and time.monotonic() >= slot.deadline:
+                self._on_timeout(slot)
+        self._dispatch()
+
+    def _on_ready(self, slot: _Slot) -> None:
+        ref, slot.ref = slot.ref, None
+        try:
+            value = self._ray.get(ref)
+        except self._ray.exceptions.RayTaskError as error:
+            # ``_Host`` raises nothing: what comes here failed in Ray's own code around it.
+            value = Failure("error", one_line(error))
+            if slot.entry is None:
+                value = SetupError(f"a worker could not start: {one_line(error)}")
+        except self._ray.exceptions.RayError as error:
+            self._on_death(slot, error)
+            return
+        if slot.entry is None:
+            self._on_started(slot, value)
+            return
+        self._finish(slot, value)
+
+    def _on_started(self, slot: _Slot, value: dict[str, str] | EvomergeError) -> None:
+        if isinstance(value, EvomergeError):
+            raise value
+        slot.ready = True
+        self._start_deaths = 0
+        self._facts = self._facts or value
+
+    def _on_death(self, slot: _Slot, error: Exception) -> None:
+        entry = slot.entry
+        logger.warning("worker %s died: %s", slot.name, one_line(error))
+        self._kill(slot)
+        if entry is None:
+            self._start_deaths += 1
+            if self._start_deaths >= self._max_attempts:
+                raise SetupError(
+                    f"pool: {self._start_deaths} workers in a row died while starting: "
+                    f"{one_line(error)} (out of memory is the usual cause)"
+                ) from error
+        elif entry.attempts >= self._max_attempts:
+            message = f"killed its worker {entry.attempts} times: {one_line(error)}"
+            self._finish(slot, Failure("crash", message))
+        else:
+            self._queue.appendleft(entry)
+        self._launch(slot)
+
+    def _on_timeout(self, slot: _Slot) -> None:
+        self._kill(slot)
+        message = f"took longer than {self._timeout:g} s; its worker was killed"
+        self._finish(slot, Failure("timeout", message))
+        self._launch(slot)
+
+    def _finish(self, slot: _Slot, result: Evaluation | Failure) -> None:
+        assert slot.entry is not None
+        entry, slot.entry = slot.entry, None
+        slot.deadline = math.inf
+        self._finished.append(Outcome(entry.job.number, result, entry.attempts, slot.name))
+
+    def _kill(self, slot: _Slot) -> None:
+        """Kill an actor, whether or not it still lives."""
+        actor, slot.actor, slot.ref, slot.ready = slot.actor, None, None, False
+        if actor is not None:
+            self._ray.kill(actor, no_restart=True)
+
+
+def _import_ray() -> Any:
+    # Read when Ray is imported: no usage reports, no advice, no report of results that a killed
+    # worker leaves behind.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    try:
+        import ray
+    except ImportError as error:
+        raise SetupError(f"pool: Ray cannot be imported: {error} (pip install ray)") from error
+    return ray
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Restore the handlers of SIGINT and SIGTERM, which Ray replaces when it starts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

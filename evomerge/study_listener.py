@@ -1,0 +1,56 @@
+"""What a study tells those who watch it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from evomerge.study_record import Result, Split
+from evomerge.study_view import StudyView
+from evomerge.trial import Trial
+
+Phase = Literal["baselines", "search", "validation", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a phase stands, in trials.
+
+    Attributes:
+        phase: which one.
+        done: with a result, failed ones included.
+        running: in the hands of workers.
+        total: planned; the searcher may give fewer.
+    """
+
+    phase: Phase
+    done: int
+    running: int
+    total: int
+
+
+class StudyListener(Protocol):
+    """Is told what happens; subclass it and override what matters.
+
+    What a listener raises is logged and never stops the search. On resume everything that the
+    journal holds is told again, in the same order, with ``replayed`` set.
+    """
+
+    def on_phase(self, phase: Phase, total: int) -> None:
+        """A phase with ``total`` trials begins."""
+
+    def on_trial(self, trial: Trial, replayed: bool) -> None:
+        """A trial has its result on the search items; in ask order."""
+
+    def on_score(self, trial: Trial, split: Split, result: Result) -> None:
+        """A finalist was scored on ``validation`` or ``test``."""
+
+    def on_progress(self, progress: Progress) -> None:
+        """A result arrived, or a trial was asked."""
+
+    def on_workers(self, facts: Mapping[str, str]) -> None:
+        """The workers are up."""
+
+    def on_finish(self, view: StudyView) -> None:
+        """The study is finished."""

@@ -1,0 +1,287 @@
+"""Reads a study from its journal: no lock, no searcher, no models."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import InputError, StorageError, suggest
+from evomerge.journal import is_locked, read
+from evomerge.pareto import hypervolume, knee, nondominated
+from evomerge.study_record import History, Result, Split, objective_from
+from evomerge.trial import Evaluation, Objective, Trial, TrialState
+
+
+class StudyState(StrEnum):
+    """Where a study stands."""
+
+    RUNNING = "running"
+    FINISHED = "finished"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many trials there are of each sort; ``asked`` is all of them.
+
+    Attributes:
+        asked: done, failed and waiting ones.
+        done: with an evaluation.
+        failed: without.
+        waiting: asked, no result yet.
+        reused: done with the evaluation of an equal recipe.
+        budget: search trials that were planned; baselines come on top.
+    """
+
+    asked: int
+    done: int
+    failed: int
+    waiting: int
+    reused: int
+    budget: int
+
+
+@dataclass(frozen=True)
+class StudyView:
+    """A study as its journal tells it at one moment.
+
+    Attributes:
+        directory: of the study.
+        contract: the ``open`` record: identity, items, budget, seed, ...
+        objectives: [m].
+        trials: by number, without gaps; ``evaluation`` is on the search items.
+        results: by split and trial number.
+        times: unix seconds at which each trial's result arrived, by number.
+        front: trial numbers, ascending; final once the state is FINISHED, before that the
+            nondominated trials by search scores.
+        front_split: the split whose scores decided the front.
+        knee: the recommended trial; None as long as nothing has succeeded.
+        state: running, finished, interrupted, failed.
+        message: why it stopped early, else empty.
+        facts: about the workers.
+    """
+
+    directory: Path
+    contract: Mapping[str, Any]
+    objectives: tuple[Objective, ...]
+    trials: tuple[Trial, ...]
+    results: Mapping[tuple[Split, int], Result]
+    times: Mapping[int, float]
+    front: tuple[int, ...]
+    front_split: Split
+    knee: int | None
+    state: StudyState
+    message: str
+    facts: Mapping[str, str]
+
+    @staticmethod
+    def load(directory: Path) -> StudyView:
+        """Read the study in ``directory``; a record that is being written is not seen yet.
+
+        Raises:
+            StorageError: no study there, or its journal is damaged.
+        """
+        history = History.of(read(directory).records, str(directory))
+        if history.opened is None:
+            raise StorageError(f"{directory}: the journal is empty; run the study to begin it")
+        contract = {
+            key: value
+            for key, value in history.opened.items()
+            if key not in {"seq", "ev", "t", "schema"}
+        }
+        objectives = tuple(map(objective_from, contract["objectives"]))
+        trials = tuple(history.settled(trial) for trial in history.trials.values())
+        front, split, best = _front(history, objectives, trials)
+        return StudyView(
+            directory=directory,
+            contract=contract,
+            objectives=objectives,
+            trials=trials,
+            results=history.results,
+            times=history.times,
+            front=front,
+            front_split=split,
+            knee=best,
+            state=_state(history, directory),
+            message="" if history.stop is None else history.stop["message"],
+            facts=history.facts,
+        )
+
+    @cached_property
+    def validation(self) -> dict[int, Evaluation]:
+        """Evaluations on the validation items by trial number: finalists and baselines."""
+        return self._evaluations("validation")
+
+    @cached_property
+    def test(self) -> dict[int, Evaluation]:
+        """Evaluations on the test items by trial number: front and baselines."""
+        return self._evaluations("test")
+
+    @property
+    def baselines(self) -> tuple[Trial, ...]:
+        """The trials that stand for no search."""
+        return tuple(trial for trial in self.trials if trial.kind == "baseline")
+
+    @property
+    def counts(self) -> Counts:
+        """How many trials there are of each sort."""
+        states = [trial.state for trial in self.trials]
+        return Counts(
+            asked=len(states),
+            done=states.count(TrialState.DONE),
+            failed=states.count(TrialState.FAILED),
+            waiting=states.count(TrialState.ASKED),
+            reused=sum(
+                split == "search" and result.reused is not None
+                for (split, _), result in self.results.items()
+            ),
+            budget=self.contract["budget"],
+        )
+
+    def trial(self, number: int) -> Trial:
+        """Return one trial.
+
+        Raises:
+            InputError: no such trial.
+        """
+        if not 0 <= number < len(self.trials):
+            raise InputError(
+                f"trial {number}: {self.directory} has trials 0 to {len(self.trials) - 1}"
+            )
+        return self.trials[number]
+
+    def scores(self, number: int) -> Evaluation | None:
+        """Return the evaluation of a trial that decides: on validation items if it has one."""
+        return self.validation.get(number) or self.trials[number].evaluation
+
+    def best(self, objective: str) -> int:
+        """Return the front member that is best in one objective (the first of equals).
+
+        Raises:
+            InputError: unknown objective, or the front is empty.
+        """
+        names = [one.name for one in self.objectives]
+        if objective not in names:
+            raise InputError(f"objective: unknown {objective!r}{suggest(objective, names)}")
+        if not self.front:
+            raise InputError(f"{self.directory}: no trial has succeeded yet")
+        column = names.index(objective)
+        evaluations = self._evaluations(self.front_split)
+        return min(
+            self.front, key=lambda n: _losses(self.objectives, evaluations[n].values)[column]
+        )
+
+    @cached_property
+    def reference(self) -> tuple[float, ...] | None:
+        """Reference point of the hypervolume [m], as losses; None while nothing succeeded.
+
+        Fixed by the baselines, so that every value of a study can be compared: per objective
+        the worst baseline plus a tenth of the baselines' spread (of 1 when they are all equal).
+        A study without a successful baseline takes its first successful trial as the only one.
+        """
+        done = [trial for trial in self.trials if trial.evaluation is not None]
+        fixed = [trial for trial in done if trial.kind == "baseline"] or done[:1]
+        if not fixed:
+            return None
+        rows = [self._search_losses(trial) for trial in fixed]
+        columns = zip(*rows, strict=True)
+        return tuple(max(c) + 0.1 * ((max(c) - min(c)) or 1.0) for c in columns)
+
+    def hypervolumes(self) -> tuple[float, ...]:
+        """Return the hypervolume of the search scores after each trial [n]."""
+        front: list[tuple[float, ...]] = []
+        values: list[float] = []
+        for trial in self.trials:
+            volume = values[-1] if values else 0.0
+            if trial.evaluation is not None and self.reference is not None:
+                point = self._search_losses(trial)
+                # Dominated points and equal ones add nothing; most points are.
+                if not any(
+                    all(a <= b for a, b in zip(other, point, strict=True)) for other in front
+                ):
+                    rows = [*front, point]
+                    front = [rows[row] for row in nondominated(rows)]
+                    volume = hypervolume(front, self.reference)
+            values.append(volume)
+        return tuple(values)
+
+    @property
+    def hypervolume(self) -> float:
+        """The hypervolume of all search scores; 0.0 while nothing succeeded."""
+        values = self.hypervolumes()
+        return values[-1] if values else 0.0
+
+    def _evaluations(self, split: Split) -> dict[int, Evaluation]:
+        return {
+            number: result.value
+            for (of, number), result in sorted(self.results.items())
+            if of == split and isinstance(result.value, Evaluation)
+        }
+
+    def _search_losses(self, trial: Trial) -> tuple[float, ...]:
+        assert trial.evaluation is not None
+        return _losses(self.objectives, trial.evaluation.values)
+
+
+def recommended(
+    losses: Sequence[tuple[float, ...]], objectives: Sequence[Objective], scalarise: bool
+) -> int:
+    """Return the row to recommend: the knee, or the best weighted mean of a scalarised study.
+
+    Args:
+        losses: [n, m], n >= 1.
+        objectives: [m], for their weights.
+        scalarise: whether the study searched the weighted mean.
+    """
+    if not scalarise:
+        return knee(losses)
+    return min(range(len(losses)), key=lambda row: weighted_mean(losses[row], objectives))
+
+
+def weighted_mean(losses: Sequence[float], objectives: Sequence[Objective]) -> float:
+    """Return the mean of losses [m] by the weights of their objectives; always finite."""
+    total = sum(objective.weight for objective in objectives)
+    pairs = zip(losses, objectives, strict=True)
+    return bounded(sum(loss * (objective.weight / total) for loss, objective in pairs))
+
+
+def bounded(loss: float) -> float:
+    """Return ``loss`` kept finite; sums of finite scores near 1e308 can overflow."""
+    return max(-sys.float_info.max, min(sys.float_info.max, loss))
+
+
+def _losses(objectives: Sequence[Objective], values: Sequence[float]) -> tuple[float, ...]:
+    pairs = zip(objectives, values, strict=True)
+    return tuple(objective.loss(value) for objective, value in pairs)
+
+
+def _front(
+    history: History, objectives: Sequence[Objective], trials: Sequence[Trial]
+) -> tuple[tuple[int, ...], Split, int | None]:
+    """Return the recorded front, split and choice, or provisional ones by search scores."""
+    assert history.opened is not None
+    if history.done is not None:
+        return tuple(history.done["front"]), history.done["split"], history.done["knee"]
+    done = [trial for trial in trials if trial.evaluation is not None]
+    if not done:
+        return (), "search", None
+    losses = [_losses(objectives, t.evaluation.values) for t in done if t.evaluation is not None]
+    front = tuple(done[row].number for row in nondominated(losses))
+    best = recommended(losses, objectives, history.opened["scalarise"])
+    return front, "search", done[best].number
+
+
+def _state(history: History, directory: Path) -> StudyState:
+    if history.done is not None:
+        return StudyState.FINISHED
+    if is_locked(directory):
+        return StudyState.RUNNING
+    if history.stop is not None and history.stop["reason"] == "failure":
+        return StudyState.FAILED
+    return StudyState.INTERRUPTED

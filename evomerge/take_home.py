@@ -1,0 +1,81 @@
+"""Export a trial of a study: finds the models and the scoring that the study used."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from evomerge.config import StudyFile, load
+from evomerge.errors import InputError
+from evomerge.export import Exported, choose, export
+from evomerge.models import Models, open_models
+from evomerge.prepare import task_specs
+from evomerge.presentation import STUDY_FILE
+from evomerge.recipe import Recipe
+from evomerge.scoring import Scoring
+from evomerge.study_view import StudyView
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def shard_bytes(text: str) -> int:
+    """Return the number of bytes in ``5GB``, ``500MB`` and the like.
+
+    Raises:
+        InputError: not a size, or zero.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)\s*", text.upper())
+    size = int(float(match.group(1)) * _UNITS[match.group(2)]) if match else 0
+    if size == 0:
+        raise InputError(f"--max-shard-size: expected a size such as 5GB or 500MB, got {text!r}")
+    return size
+
+
+def export_trial(
+    view: StudyView, *, best: str | None, trial: int | None, out: Path, shards: str
+) -> Exported:
+    """Write one merge of a study as a checkpoint directory.
+
+    Args:
+        view: the study.
+        best: objective whose best front member is wanted.
+        trial: number of the wanted trial; without both, the recommended merge.
+        out: the new directory.
+        shards: largest shard, such as ``5GB``.
+
+    Raises:
+        InputError: nothing such in the study, or ``out`` is not free.
+        ModelError: the models are gone or changed.
+    """
+    size = shard_bytes(shards)
+    number = choose(view, best=best, trial=trial)
+    models = _models(view.trial(number).recipe)
+    return export(view, number, models, out, _scoring(view), size)
+
+
+def _models(recipe: Recipe) -> Models:
+    """Open the models where the study found them."""
+    experts = [(expert.name, expert.source) for expert in recipe.experts]
+    return open_models(recipe.base.source, experts)
+
+
+def _scoring(view: StudyView) -> Scoring | None:
+    """Return how the study scores, from the resolved file beside its journal."""
+    path = view.directory / STUDY_FILE
+    if not path.exists():
+        return None
+    file = load(path)
+    specs = task_specs(file)
+    return Scoring(
+        tasks=tuple(spec.task for spec in specs),
+        num_fewshot=tuple(spec.num_fewshot for spec in specs),
+        include_path=_include_path(file),
+        batch_size=file.fitness.batch_size,
+        device=view.facts.get("device", ""),
+        allow_task_code=file.fitness.allow_task_code,
+    )
+
+
+def _include_path(file: StudyFile) -> tuple[str, ...]:
+    given = file.fitness.include_path
+    return (given,) if isinstance(given, str) else tuple(given)

@@ -1,0 +1,92 @@
+"""The commented study file that ``evomerge init`` writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+
+def study_template(
+    base: str | None, experts: Sequence[tuple[str, str]], tasks: Sequence[str]
+) -> str:
+    """Return a study file to edit; it loads as it stands once the models exist.
+
+    Args:
+        base: directory or hub id, None for a placeholder.
+        experts: (name, directory or hub id); placeholders where empty.
+        tasks: lm-eval task names; a placeholder where empty.
+    """
+    named = list(experts) or [("math", "models/math"), ("code", "models/code")]
+    expert_lines = "\n".join(f"    {_text(name)}: {_text(source)}" for name, source in named)
+    task_lines = "\n".join(f"    - {_text(task)}" for task in tasks or ["gsm8k", "mbpp"])
+    return _TEMPLATE.format(
+        base=_text(base or "models/base"), experts=expert_lines, tasks=task_lines
+    )
+
+
+def _text(value: str) -> str:
+    """Return a YAML scalar; JSON strings are YAML strings."""
+    plain = value.replace("/", "").replace("-", "").replace("_", "").replace(".", "").isalnum()
+    return value if plain and not value[0].isdigit() and "." not in value[:1] else json.dumps(value)
+
+
+_TEMPLATE = """\
+# An evomerge study. Check it: evomerge check THIS_FILE    Run it: evomerge run THIS_FILE
+# Relative paths start from this file's folder. All keys: evomerge schema
+
+seed: 0
+
+models:
+  # Directory with safetensors weights, or hub id (owner/name[@revision]).
+  base: {base}
+  # Fine-tunes of that base, with short names. Their order is kept.
+  experts:
+{experts}
+
+space:
+  # evomerge list methods
+  method: task_arithmetic
+  # Which tensors share coefficients: model, layer, module, tensor.
+  partition: layer
+  parameters:
+    # {{low, high}} is searched for every block (and expert); a plain number is fixed.
+    weight: {{low: 0.0, high: 1.5}}
+  # dtype: bfloat16          # of the merged model; the base's where absent
+
+fitness:
+  # lm-eval tasks; each is an objective. More control:
+  #   - {{task: gsm8k, metric: exact_match, filter: strict-match, name: math, weight: 1.0}}
+  tasks:
+{tasks}
+  # Folders with your own task YAML files.
+  include_path: []
+  # Disjoint items of each task: counts, or fractions such as 0.1.
+  items:
+    search: 100              # scored for every trial
+    validation: 200          # decide the reported front
+    test: 500                # held out, only reported
+  batch_size: 64
+
+search:
+  # evomerge list searchers
+  searcher: nsga2
+  trials: 150
+  # parallel: 4              # outstanding trials; twice the workers where absent
+  finalists: 12              # re-scored on the validation items
+
+baselines:
+  # Base, experts and uniform average are always scored. These scales of the summed task
+  # vectors too:
+  task_arithmetic: [0.3, 0.5, 0.7, 0.9, 1.1]
+
+pool:
+  kind: ray                  # or serial, in this process
+  workers: 2
+  cpus_per_worker: 1
+  gpus_per_worker: 0         # 1 gives every worker a GPU of its own
+
+tracking:
+  # A local MLflow store in the study's directory where absent.
+  # uri: http://127.0.0.1:5000
+  experiment: evomerge
+"""

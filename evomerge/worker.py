@@ -1,0 +1,144 @@
+"""The worker: one live model, resident sources, one fitness."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evomerge.errors import ModelError, SetupError
+from evomerge.fitness.lm_eval import LmEvalTasks, TaskSpec
+from evomerge.merge.engine import Engine
+from evomerge.merge.merger import Merger
+from evomerge.models import Models, open_models
+from evomerge.trial import Evaluation, Job
+
+if TYPE_CHECKING:
+    import torch
+
+_LOG = logging.getLogger(__name__)
+_TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWorkerFactory:
+    """How to build a worker; a few hundred bytes that travel to where it will live.
+
+    Attributes:
+        base: directory or hub id.
+        experts: (name, directory or hub id), in order.
+        dtype: safetensors name of the dtype that is scored.
+        device: ``auto`` (a CUDA device where one is visible), ``cpu`` or ``cuda``.
+        threads: CPU threads for merging and scoring.
+        tasks: the fitness.
+        include_paths: folders with task files.
+        data_root: what relative data paths of tasks start from.
+        allow_task_code: whether task files may run Python code.
+        batch_size: requests per forward pass.
+    """
+
+    base: str
+    experts: tuple[tuple[str, str], ...]
+    dtype: str
+    device: str
+    threads: int
+    tasks: tuple[TaskSpec, ...]
+    include_paths: tuple[Path, ...]
+    data_root: Path
+    allow_task_code: bool
+    batch_size: int
+
+    def __call__(self) -> ModelWorker:
+        """Load the models and bind the tasks to them."""
+        return ModelWorker(self)
+
+
+class ModelWorker:
+    """Applies recipes to a resident model and scores them.
+
+    Args:
+        spec: what to load.
+
+    Raises:
+        ModelError: the models cannot be used.
+        TaskError: the tasks cannot be used.
+        SetupError: the asked device is missing.
+    """
+
+    def __init__(self, spec: ModelWorkerFactory) -> None:
+        import torch
+        from transformers import AutoTokenizer
+
+        torch.set_num_threads(spec.threads)
+        self._spec = spec
+        self._device = choose_device(spec.device)
+        models = open_models(spec.base, spec.experts)
+        merger = Merger(models, spec.threads)
+        merger.sources.require_finite()
+        model = _live_model(models, spec.dtype, self._device)
+        tokenizer = AutoTokenizer.from_pretrained(models.base.directory, trust_remote_code=False)
+        self._engine = Engine(merger, model)
+        tasks = LmEvalTasks.load(
+            spec.tasks, spec.include_paths, spec.data_root, spec.allow_task_code
+        )
+        self._fitness = tasks.bind(model, tokenizer, spec.batch_size)
+        self._parameters = models.layout.parameters
+
+    def run(self, job: Job) -> Evaluation:
+        """Apply the recipe and score the items."""
+        started = time.perf_counter()
+        self._engine.apply(job.recipe)
+        merged = time.perf_counter()
+        scores = self._fitness.score(job.items)
+        seconds = {"merge": merged - started, "score": time.perf_counter() - merged}
+        return Evaluation(tuple(scores), seconds)
+
+    def describe(self) -> Mapping[str, str]:
+        """Return device, dtype, threads, batch size and parameter count."""
+        return {
+            "device": str(self._device),
+            "dtype": self._spec.dtype,
+            "threads": str(self._spec.threads),
+            "batch_size": str(self._spec.batch_size),
+            "parameters": str(self._parameters),
+        }
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Return the device for ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        SetupError: ``cuda`` was asked for and none is visible.
+    """
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise SetupError(
+            "pool.device: no CUDA device is visible (use device: cpu, or gpus_per_worker)"
+        )
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def _live_model(models: Models, dtype: str, device: torch.device) -> torch.nn.Module:
+    """Return the base as a transformers model in evaluation mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            models.base.directory,
+            dtype=getattr(torch, _TORCH_DTYPES[dtype]),
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"models.base: transformers cannot load it: {error}") from error
+    model.requires_grad_(False)
+    live: torch.nn.Module = model.to(device).eval()
+    return live
