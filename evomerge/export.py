@@ -128,8 +128,8 @@ def export(
         RecipeError: the models are not those of the study, or the merge is not finite.
         StorageError: there is not enough space.
     """
-    out = Path(os.path.abspath(out))
     here = Path.cwd()
+    out = here / out
     shown = out.relative_to(here) if out.is_relative_to(here) else Path(out.name)
     _require_free(out)
     recipe = _public_recipe(view.trial(number).recipe, models)

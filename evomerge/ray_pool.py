@@ -40,13 +40,21 @@ _SLICE_SECONDS = 0.5
 class _Host:
     """Lives in the actor; holds the worker. Never raises, so that an error means a death."""
 
-    def __init__(self, factory: WorkerFactory) -> None:
-        self._factory = factory
+    def __init__(self, threads: int) -> None:
+        # Libraries read these when they are imported, so this comes before the factory, and
+        # the factory comes as bytes. (A Ray runtime_env would do the same 3 s later.)
+        for name in ("OMP", "MKL", "OPENBLAS", "NUMBA"):
+            os.environ[f"{name}_NUM_THREADS"] = str(threads)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._worker: Worker | None = None
 
-    def start(self) -> dict[str, str] | EvomergeError:
+    def start(self, factory: bytes) -> dict[str, str] | EvomergeError:
+        def build() -> Worker:
+            made: Worker = pickle.loads(factory)()  # noqa: S301 - from the driver that owns us
+            return made
+
         try:
-            self._worker = build_worker(self._factory)
+            self._worker = build_worker(build)
             return dict(self._worker.describe())
         except EvomergeError as error:
             return _portable(error)
@@ -124,7 +132,8 @@ class RayPool:
         timeout: float | None = None,
         start_timeout: float = 1800.0,
     ) -> None:
-        self._factory = factory
+        self._ray = _import_ray()
+        self._factory = self._packed(factory)
         self._cpus = cpus_per_worker
         self._gpus = gpus_per_worker
         self._max_attempts = max_attempts
@@ -136,7 +145,6 @@ class RayPool:
         self._start_deaths = 0
         self._facts: dict[str, str] = {}
         self._closed = False
-        self._ray = _import_ray()
         self._owned = not self._ray.is_initialized()
         try:
             if self._owned:
@@ -202,6 +210,13 @@ class RayPool:
             with _own_signals():
                 self._ray.shutdown()
 
+    def _packed(self, factory: WorkerFactory) -> bytes:
+        try:
+            packed: bytes = self._ray.cloudpickle.dumps(factory)
+        except Exception as error:
+            raise SetupError(f"the worker cannot be sent to Ray: {one_line(error)}") from error
+        return packed
+
     # -- starting ---------------------------------------------------------------------------
 
     def _connect(self, address: str | None) -> None:
@@ -243,15 +258,8 @@ class RayPool:
             logger.warning("%s; waiting for more to join", text)
 
     def _make_actor_class(self) -> Any:
-        threads = str(max(1, int(self._cpus)))
-        names = ("OMP", "MKL", "OPENBLAS", "NUMBA")
-        env = {f"{name}_NUM_THREADS": threads for name in names}
         return self._ray.remote(
-            num_cpus=self._cpus,
-            num_gpus=self._gpus,
-            max_restarts=0,
-            max_task_retries=0,
-            runtime_env={"env_vars": {**env, "TOKENIZERS_PARALLELISM": "false"}},
+            num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=0, max_task_retries=0
         )(_Host)
 
     def _launch(self, slot: _Slot) -> None:
@@ -259,11 +267,8 @@ class RayPool:
         slot.ready = False
         slot.entry = None
         slot.deadline = math.inf
-        try:
-            slot.actor = self._actor_class.remote(self._factory)
-        except (TypeError, pickle.PicklingError) as error:
-            raise SetupError(f"the worker cannot be sent to Ray: {one_line(error)}") from error
-        slot.ref = slot.actor.start.remote()
+        slot.actor = self._actor_class.remote(max(1, int(self._cpus)))
+        slot.ref = slot.actor.start.remote(self._factory)
 
     def _await_first(self, seconds: float) -> None:
         end = time.monotonic() + seconds

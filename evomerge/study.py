@@ -13,11 +13,9 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from evomerge import __version__
 from evomerge.errors import InputError, NothingUsableError, ReplayError
 from evomerge.evaluations import Evaluations, Items
 from evomerge.interrupt import StopSignals
@@ -36,6 +34,7 @@ from evomerge.study_record import (
     compare,
     differences,
     frame_fields,
+    library_versions,
     objective_fields,
     settle,
 )
@@ -94,17 +93,6 @@ class Baseline:
     label: str
     x: tuple[float, ...] | None
     recipe: Recipe
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions that decide what a searcher asks."""
-    versions = {"evomerge": __version__}
-    for package in ("numpy", "nevergrad", "pymoo", "cma"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "absent"
-    return versions
 
 
 class Study:
@@ -284,8 +272,6 @@ class _Run:
                     )  # fmt: skip
                 self._muted.add(index)
 
-    # -- phases -----------------------------------------------------------------------------
-
     def _score_baselines(self) -> tuple[WarmPoint, ...]:
         baselines = self._study.baselines
         self._begin("baselines", len(baselines))
@@ -395,8 +381,6 @@ class _Run:
             self.notify("on_score", self._history.settled(trial), split, result)
         return self._done(numbers, split)
 
-    # -- one trial --------------------------------------------------------------------------
-
     def _ask(self, trial: Trial) -> Trial:
         """Journal an ask, or compare it with the recorded one."""
         digest = trial.recipe.digest
@@ -459,8 +443,6 @@ class _Run:
             return (PENALTY_WITHOUT_SCALE,) * count
         pairs = zip(self._best, self._worst, strict=True)
         return tuple(bounded(worst + ((worst - best) or 1.0)) for best, worst in pairs)
-
-    # -- small things -----------------------------------------------------------------------
 
     def _item_scores(self, trial: Trial) -> tuple[tuple[float, ...], ...]:
         value = self._history.results["search", trial.number].value

@@ -22,9 +22,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from typing import Any, Literal
 
+from evomerge import __version__
 from evomerge.errors import ReplayError, StorageError
 from evomerge.journal import Record, hexes, unhexes
 from evomerge.recipe import Recipe
@@ -53,6 +55,17 @@ class Result:
     worker: str
     reused: int | None = None
     replayed: bool = False
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions that decide what a searcher asks."""
+    versions = {"evomerge": __version__}
+    for package in ("numpy", "nevergrad", "pymoo", "cma"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    return versions
 
 
 def objective_fields(objective: Objective) -> dict[str, Any]:

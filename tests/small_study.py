@@ -12,7 +12,8 @@ from evomerge.models import Models
 from evomerge.pool import SerialPool
 from evomerge.recipe import ModelRef, Recipe
 from evomerge.search.protocol import Candidate, SearchProblem, Told
-from evomerge.study import Baseline, Study, StudyListener
+from evomerge.study import Baseline, Study
+from evomerge.study_listener import StudyListener
 from evomerge.study_view import StudyView
 from evomerge.trial import Direction, Evaluation, Job, Objective, Score
 

@@ -21,7 +21,7 @@ from small_study import finished, small_study
 from evomerge.errors import InputError, SetupError
 from evomerge.presentation import project, redacted
 from evomerge.projection import Projection, metric_name
-from evomerge.study import StudyListener
+from evomerge.study_listener import StudyListener
 from evomerge.study_view import StudyView
 from evomerge.tracking import Tracker, sync
 from evomerge.tracking_target import Synced, Target, tracking_target, ui_command, ui_url

@@ -1,19 +1,32 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 pytest.register_assert_rewrite("evomerge.testing_pool")
 
-from evomerge.pool import Pool, SerialPool  # noqa: E402 - after the assert rewrite
+from evomerge.errors import SetupError  # noqa: E402 - after the assert rewrite
+from evomerge.pool import Pool, SerialPool  # noqa: E402
 from evomerge.ray_pool import RayPool  # noqa: E402
 from evomerge.testing_pool import (  # noqa: E402
     PoolConformance,
     ProcessPoolConformance,
     ToyFactory,
+    ToyWorker,
+    toy_recipe,
 )
-from evomerge.trial import WorkerFactory  # noqa: E402
+from evomerge.trial import Evaluation, Failure, Job, Worker, WorkerFactory  # noqa: E402
+
+
+def _job(number: int, **options: str | float | bool) -> Job:
+    return Job(number, toy_recipe(float(number), **options), (("a", "b"),))
 
 
 class TestSerialPool(PoolConformance):
@@ -23,16 +36,105 @@ class TestSerialPool(PoolConformance):
 
 @pytest.fixture(scope="module")
 def ray_started() -> Iterator[None]:
-    """One Ray for all tests of this module; a pool leaves a Ray alone that it did not start."""
-    first = RayPool(ToyFactory(), workers=2)
-    first._owned = False
+    """One Ray for many tests: starting it takes seconds, and a pool uses what is there."""
+    import ray
+
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=2**27,
+    )
     yield
-    first._owned = True
-    first._closed = False
-    first.close()
+    ray.shutdown()
 
 
 @pytest.mark.usefixtures("ray_started")
 class TestRayPool(ProcessPoolConformance):
     def make_pool(self, factory: WorkerFactory) -> Pool:
-        return RayPool(factory, workers=2)
+        return RayPool(factory, workers=2, start_timeout=120.0)
+
+    def test_a_running_job_does_not_block_a_short_wait(self) -> None:
+        pool = self.make_pool(ToyFactory())
+        pool.submit(_job(0, sleep=3.0))
+        started = time.monotonic()
+        assert tuple(pool.wait(0.2)) == ()
+        assert time.monotonic() - started < 3.0
+        assert [outcome.number for outcome in pool.wait(60.0)] == [0]
+        pool.close()
+
+    def test_a_job_over_its_time_fails_and_its_worker_is_replaced(self) -> None:
+        pool = RayPool(ToyFactory(), workers=1, timeout=1.0, start_timeout=120.0)
+        pool.submit(_job(0, sleep=600.0))
+        pool.submit(_job(1))
+        outcomes = {outcome.number: outcome for _ in range(2) for outcome in pool.wait(60.0)}
+        assert outcomes[0].result == Failure(
+            "timeout", "took longer than 1 s; its worker was killed"
+        )
+        assert isinstance(outcomes[1].result, Evaluation)
+        pool.close()
+
+    def test_threads_follow_cpus_per_worker(self) -> None:
+        pool = RayPool(ToyFactory(), workers=1, cpus_per_worker=2, start_timeout=120.0)
+        assert pool.describe()["threads"] == "2"
+        pool.close()
+
+    def test_a_pool_that_found_ray_running_leaves_it_running(self) -> None:
+        import ray
+
+        self.make_pool(ToyFactory()).close()
+        assert ray.is_initialized()
+
+    def test_a_factory_that_cannot_be_pickled_is_refused(self) -> None:
+        lock = threading.Lock()
+
+        def factory() -> Worker:
+            with lock:
+                return ToyWorker()
+
+        with pytest.raises(SetupError, match="the worker cannot be sent to Ray"):
+            self.make_pool(factory)
+
+
+OWN_RAY = """
+import signal
+import ray
+from evomerge.ray_pool import RayPool
+from evomerge.testing_pool import ToyFactory, toy_recipe
+from evomerge.trial import Job
+
+handler = lambda number, frame: None
+signal.signal(signal.SIGTERM, handler)
+pool = RayPool(ToyFactory(), workers=1, start_timeout=120.0)
+assert signal.getsignal(signal.SIGTERM) is handler, "Ray's handler stayed"
+pool.submit(Job(0, toy_recipe(2.0), (("a",),)))
+(outcome,) = pool.wait(60.0)
+assert outcome.result.scores[0].value == 2.0
+pool.submit(Job(1, toy_recipe(2.0, kill="always"), (("a",),)))
+(outcome,) = pool.wait(60.0)
+assert outcome.result.kind == "crash", outcome
+pool.close()
+assert not ray.is_initialized()
+print("fine")
+"""
+
+
+def test_a_pool_starts_and_stops_its_own_ray_without_a_word(tmp_path: Path) -> None:
+    long = tmp_path / ("long" * 20)  # Ray's sockets would not fit below it
+    long.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", OWN_RAY],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd()), "TMPDIR": str(long)},
+        timeout=200,
+    )
+    # The pool itself says through logging that a worker died; Ray says nothing.
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("worker ray-")]
+    assert (done.returncode, done.stdout, lines) == (0, "fine\n", [])
+
+
+def test_more_gpus_than_there_are_is_an_error(ray_started: None) -> None:
+    with pytest.raises(SetupError, match=r"GPU|no worker came up"):
+        RayPool(ToyFactory(), workers=1, gpus_per_worker=64, start_timeout=2.0)

@@ -1,0 +1,136 @@
+"""The command line: help that teaches, one clear error, documented exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evomerge import cli
+from evomerge.config import load
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def call(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["evomerge", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    output = capsys.readouterr()
+    code = caught.value.code
+    assert isinstance(code, int)
+    return code, output.out, output.err
+
+
+VERBS = ("demo", "init", "check", "run", "front", "export", "status", "list", "schema", "sync")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_teaches(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    code, out, _ = call(capsys, monkeypatch, verb, "--help")
+    assert code == 0
+    assert len(out.split()) > 15
+    assert verb in call(capsys, monkeypatch, "--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chek"], "no such command 'chek' (did you mean 'check'?)"),
+        (["check"], "Missing argument 'FILE'"),
+        (["run", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file or directory"),
+        (["front", "nowhere"], "nowhere: neither a study file nor a study directory"),
+        (
+            ["export", "x", "--out", "y"],
+            "choose exactly one of --knee, --best OBJECTIVE, --trial",
+        ),
+        (["export", "x", "--knee", "--trial", "3", "--out", "y"], "choose exactly one of"),
+        (["list", "method"], "Invalid value for"),
+        (["list", "studies", "--under", "nowhere"], "nowhere: no such directory"),
+        (["init", "--expert", "math", "x.yaml"], "--expert: expected NAME=MODEL, got 'math'"),
+    ],
+)
+def test_bad_usage_is_one_clear_error_and_exit_2(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, monkeypatch, *arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_init_writes_a_file_that_loads_and_never_overwrites(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.yaml"
+    arguments = ["init", str(path), "--base", "org/b", "--expert", "math=./m", "--task", "gsm8k"]
+    assert call(capsys, monkeypatch, *arguments)[0] == 0
+    study = load(path)
+    assert (study.models.base, study.models.experts) == ("org/b", {"math": "./m"})
+    before = path.read_text()
+    code, _, err = call(capsys, monkeypatch, *arguments)
+    assert (code, path.read_text()) == (2, before)
+    assert "exists already" in err
+
+
+@pytest.mark.parametrize("what", ["methods", "searchers", "partitions"])
+def test_list_speaks_to_people_and_programs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    rows = json.loads(call(capsys, monkeypatch, "list", what, "--json")[1])
+    text = call(capsys, monkeypatch, "list", what)[1]
+    assert len(rows) >= 4
+    for row in rows:
+        assert next(iter(row.values())) in text
+
+
+def test_check_reports_everything_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        """
+models: {base: ./nowhere, experts: {math: ./math}}
+space: {method: tie, partition: layers, parameters: {weight: {low: 2, high: 1}}}
+fitness: {tasks: [no_such_task], include_path: tasks}
+search: {searcher: cmaa}
+"""
+    )
+    code, _, err = call(capsys, monkeypatch, "check", str(path))
+    assert code == 2
+    for text in (
+        "searcher: unknown 'cmaa'",
+        "space.method: unknown 'tie' (did you mean 'ties'?)",
+        "models.base: no such directory",
+        "fitness.include_path: no such directory",
+    ):
+        assert text in err
+    assert [p.name for p in tmp_path.iterdir()] == ["study.yaml"]
+
+
+def test_schema_is_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = json.loads(call(capsys, monkeypatch, "schema")[1])
+    assert "models" in schema["properties"]
+
+
+def test_the_module_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "evomerge", "--version"],
+        capture_output=True, text=True, cwd=ROOT, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("evomerge, version ")
