@@ -146,9 +146,11 @@ class RayPool:
         self._facts: dict[str, str] = {}
         self._closed = False
         self._owned = not self._ray.is_initialized()
+        address = address or os.environ.get("RAY_ADDRESS")
+        self._local = self._owned and not address
         try:
             if self._owned:
-                self._connect(address or os.environ.get("RAY_ADDRESS"))
+                self._connect(address)
             self._check_resources()
             self._actor_class = self._make_actor_class()
             for slot in self._slots:
@@ -253,7 +255,7 @@ class RayPool:
                 f"pool: {len(self._slots)} workers with {each:g} {name} each need {need:g}, Ray "
                 f"has {there:g}"
             )
-            if self._owned and not os.environ.get("RAY_ADDRESS") and name == "GPU":
+            if self._local and name == "GPU":
                 raise SetupError(f"{text}; use fewer workers or less per worker")
             logger.warning("%s; waiting for more to join", text)
 
@@ -380,7 +382,24 @@ def _import_ray() -> Any:
         import ray
     except ImportError as error:
         raise SetupError(f"pool: Ray cannot be imported: {error} (pip install ray)") from error
+    _silence(ray)
     return ray
+
+
+def _silence(ray: Any) -> None:
+    """Send what Ray prints about dead workers to the log.
+
+    A thread of its driver prints to stdout whatever ``log_to_driver`` says, into the middle of
+    a live display or of JSON, and Ray offers no switch.
+    """
+    module = ray._private.worker
+    if hasattr(module, "print_to_stdstream"):  # private: a Ray without it just prints
+        module.print_to_stdstream = _log_lines
+
+
+def _log_lines(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+    for line in data["lines"]:
+        logger.debug("ray: %s", line)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import json
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,6 +22,7 @@ from evomerge.journal import Journal
 from evomerge.pareto import nondominated, spread
 from evomerge.pool import Pool
 from evomerge.recipe import Recipe
+from evomerge.search.baselines import Baseline
 from evomerge.search.protocol import Candidate, Searcher, SearchProblem, Told, WarmPoint
 from evomerge.study_listener import Phase, Progress, StudyListener
 from evomerge.study_record import (
@@ -78,21 +78,6 @@ class ItemSplit(Protocol):
     def test(self) -> tuple[str, ...]:
         """Items that only the front and the baselines see; may be empty."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Baseline:
-    """A merge that needs no search.
-
-    Attributes:
-        label: as in ``Trial.label``.
-        x: its point in the unit box [d]; None when it lies outside the space.
-        recipe: the merge.
-    """
-
-    label: str
-    x: tuple[float, ...] | None
-    recipe: Recipe
 
 
 class Study:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from evomerge.study_record import Result, Split
 from evomerge.study_view import StudyView
@@ -30,7 +30,7 @@ class Progress:
     total: int
 
 
-class StudyListener(Protocol):
+class StudyListener:
     """Is told what happens; subclass it and override what matters.
 
     What a listener raises is logged and never stops the search. On resume everything that the

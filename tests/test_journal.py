@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge import journal as module
 from evomerge.errors import LockedError, StorageError
 from evomerge.journal import JOURNAL, LOCK, Journal, encode, hexes, is_locked, read, scan, unhexes
 
@@ -174,7 +173,7 @@ def test_a_full_disk_leaves_whole_records_and_says_so(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with Journal(tmp_path) as journal:
-        monkeypatch.setattr(module.os, "write", write)
+        monkeypatch.setattr("evomerge.journal.os.write", write)
         with pytest.raises(StorageError, match=r"could not write record 2: No space left.*free"):
             journal.append("note", text="third")
         monkeypatch.undo()
@@ -193,7 +192,7 @@ def test_a_failed_fsync_is_an_error_and_the_record_is_taken_back(
         def fsync(handle: int) -> None:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-        monkeypatch.setattr(module.os, "fsync", fsync)
+        monkeypatch.setattr("evomerge.journal.os.fsync", fsync)
         with pytest.raises(StorageError, match="could not write record 1"):
             journal.append("note", text="second")
         monkeypatch.undo()
@@ -211,7 +210,7 @@ def test_an_append_cut_short_by_a_signal_is_mended_by_the_next(
 
     with Journal(tmp_path) as journal:
         journal.append("note", text="first")
-        monkeypatch.setattr(module.os, "write", write)
+        monkeypatch.setattr("evomerge.journal.os.write", write)
         with pytest.raises(KeyboardInterrupt):
             journal.append("note", text="second")
         monkeypatch.undo()

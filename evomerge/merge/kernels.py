@@ -129,6 +129,20 @@ def counter_hash(key, index):
 
 
 @_jit
+def _scaled(total, origin, scale, count):
+    """Set ``total`` to scale·origin."""
+    for i in range(count):
+        total[i] = scale * origin[i]
+
+
+@_jit
+def _add_delta(total, other, origin, weight, count):
+    """Add weight·(other - origin) to ``total``; two roundings after the difference's."""
+    for i in range(count):
+        total[i] = total[i] + weight * (other[i] - origin[i])
+
+
+@_jit
 def merge_linear(work, out, out_code, base, base_code, experts, codes, c0, c, half):
     """Apply a linear plan to a list of tiles.
 
@@ -155,17 +169,86 @@ def merge_linear(work, out, out_code, base, base_code, experts, codes, c0, c, ha
         while left > 0:
             count = min(left, TILE)
             _load(base[span], base_code[span], first, count, half, origin, origin_bits)
-            for i in range(count):
-                total[i] = c0[span] * origin[i]
+            _scaled(total, origin, c0[span], count)
             for k in range(experts.shape[1]):
                 weight = c[span, k]
                 if weight != np.float32(0.0):
                     _load(experts[span, k], codes[span, k], first, count, half, other, other_bits)
-                    for i in range(count):
-                        total[i] = total[i] + weight * (other[i] - origin[i])
+                    _add_delta(total, other, origin, weight, count)
             _store(out[span], out_code[span], first, count, total, total_bits)
             first += count
             left -= count
+
+
+@_jit
+def _subtract(delta, origin, count):
+    """Turn weights into deltas."""
+    for i in range(count):
+        delta[i] = delta[i] - origin[i]
+
+
+@_jit
+def _trim_below(bits, cut, count):
+    """Zero every value whose magnitude key is below ``cut``."""
+    limit = np.uint32(cut) << np.uint32(16)
+    for i in range(count):
+        magnitude = bits[i] & np.uint32(0x7FFFFFFF)
+        bits[i] = bits[i] if magnitude >= limit else np.uint32(0)
+
+
+@_jit
+def _draw_edge(bits, cut, part, key, index, count):
+    """Keep a hashed share of the values whose key is ``cut``."""
+    for i in range(count):
+        if (bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(16) == cut and np.int64(
+            counter_hash(key, index + i)
+        ) >= part:
+            bits[i] = np.uint32(0)
+
+
+@_jit
+def _vote(vote, delta, weight, elect, count):
+    """Add one expert's ballots; see ``Elect``."""
+    if elect == 1:
+        for i in range(count):
+            vote[i] = vote[i] + weight * delta[i]
+    elif elect == 2:
+        for i in range(count):
+            vote[i] = vote[i] + delta[i]
+    else:
+        for i in range(count):
+            ballot = weight * delta[i]
+            up = np.float32(1.0) if ballot > np.float32(0.0) else np.float32(0.0)
+            down = np.float32(1.0) if ballot < np.float32(0.0) else np.float32(0.0)
+            vote[i] = vote[i] + (up - down)
+
+
+@_jit
+def _combine(total, divisor, vote, delta, weight, elect, share, count):
+    """Add one expert's deltas where they agree with the vote, and its share of the divisor."""
+    sign = np.float32(1.0)
+    if elect != 2 and weight < np.float32(0.0):
+        sign = np.float32(-1.0)
+    zero = np.float32(0.0)
+    for i in range(count):
+        ballot = sign * delta[i]
+        agrees = (ballot > zero and vote[i] >= zero) or (ballot < zero and vote[i] < zero)
+        total[i] = total[i] + (weight * delta[i] if agrees else zero)
+        divisor[i] = divisor[i] + (share if agrees else zero)
+
+
+@_jit
+def _finish(total, divisor, vote, origin, scale, divide, plus, count):
+    """Turn elected sums into weights."""
+    zero, one = np.float32(0.0), np.float32(1.0)
+    if divide:
+        for i in range(count):
+            total[i] = total[i] / (divisor[i] if divisor[i] != zero else one)
+    if not plus:
+        for i in range(count):
+            total[i] = total[i] if vote[i] != zero else zero
+    for i in range(count):
+        total[i] = origin[i] + scale * total[i]
 
 
 @_jit
@@ -188,64 +271,41 @@ def merge_elected(
     experts_count = experts.shape[1]
     origin = np.empty(TILE, np.float32)
     total = np.empty(TILE, np.float32)
+    vote = np.empty(TILE, np.float32)
+    sums = np.empty(TILE, np.float32)
     deltas = np.empty((experts_count, TILE), np.float32)
     origin_bits, total_bits = origin.view(np.uint32), total.view(np.uint32)
+    one = np.float32(1.0)
     for n in range(len(work)):
         span, first, left = work[n, 0], work[n, 1], work[n, 2]
         while left > 0:
             count = min(left, TILE)
             _load(base[span], base_code[span], first, count, half, origin, origin_bits)
+            vote[:], total[:], sums[:] = 0.0, 0.0, 0.0
             for k in range(experts_count):
-                if c[span, k] == np.float32(0.0):
+                weight = c[span, k]
+                if weight == np.float32(0.0):
                     continue
                 delta = deltas[k]
                 bits = delta.view(np.uint32)
                 _load(experts[span, k], codes[span, k], first, count, half, delta, bits)
+                _subtract(delta, origin, count)
                 cut, part = edge[span, k], share[span, k]
-                for i in range(count):
-                    delta[i] = delta[i] - origin[i]
-                for i in range(count):
-                    key = np.int32((bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(16))
-                    keep = key > cut
-                    if key == cut:
-                        index = canonical[span] + first + i
-                        keep = np.int64(counter_hash(keys[k], index)) < part
-                    if not keep:
-                        delta[i] = np.float32(0.0)
-            for i in range(count):
-                total[i] = _elected(i, deltas, c[span], elect, divisor, plus)
-            for i in range(count):
-                total[i] = origin[i] + scale[span] * total[i]
+                if cut > 0:
+                    _trim_below(bits, cut, count)
+                if part < np.int64(1) << np.int64(32):
+                    index = canonical[span] + first
+                    _draw_edge(bits, cut, part, keys[k], index, count)
+                _vote(vote, delta, weight, elect, count)
+            for k in range(experts_count):
+                weight = c[span, k]
+                if weight != np.float32(0.0):
+                    part_of = weight if divisor == 1 else one
+                    _combine(total, sums, vote, deltas[k], weight, elect, part_of, count)
+            _finish(total, sums, vote, origin, scale[span], divisor != 0, plus, count)
             _store(out[span], out_code[span], first, count, total, total_bits)
             first += count
             left -= count
-
-
-@_jit
-def _elected(i, deltas, weights, elect, divisor, plus):
-    """Elect the sign of element ``i`` and combine the deltas that agree with it."""
-    zero = np.float32(0.0)
-    vote = zero
-    for k in range(len(weights)):
-        if weights[k] != zero:
-            ballot = deltas[k, i] if elect == 2 else weights[k] * deltas[k, i]
-            vote = vote + (np.sign(ballot) if elect == 3 else ballot)
-    if vote == zero and not plus:
-        return zero
-    positive = vote >= zero
-    total, weight_sum, kept = zero, zero, zero
-    for k in range(len(weights)):
-        if weights[k] != zero:
-            ballot = deltas[k, i] if elect == 2 else weights[k] * deltas[k, i]
-            if ballot != zero and (ballot > zero) == positive:
-                total = total + weights[k] * deltas[k, i]
-                weight_sum = weight_sum + weights[k]
-                kept = kept + np.float32(1.0)
-    if divisor == 1 and weight_sum != zero:
-        return total / weight_sum
-    if divisor == 2 and kept != zero:
-        return total / kept
-    return total
 
 
 @_jit
