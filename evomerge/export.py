@@ -112,6 +112,7 @@ def export(
     out: Path,
     scoring: Scoring | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    root: Path | None = None,
 ) -> Exported:
     """Write trial ``number`` of a study as a checkpoint directory.
 
@@ -122,14 +123,15 @@ def export(
         out: the new directory; an empty one is replaced.
         scoring: how the study scores; None where lm_eval does not apply.
         max_shard_bytes: largest shard.
+        root: folder of the study file, where the commands are run; None for the current one.
 
     Raises:
         InputError: ``out`` is not empty, or cannot be made.
         RecipeError: the models are not those of the study, or the merge is not finite.
         StorageError: there is not enough space.
     """
-    here = Path.cwd()
-    out = here / out
+    out = Path(os.path.abspath(out))
+    here = (root or Path.cwd()).resolve()
     shown = out.relative_to(here) if out.is_relative_to(here) else Path(out.name)
     _require_free(out)
     recipe = _public_recipe(view.trial(number).recipe, models)

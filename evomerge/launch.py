@@ -99,7 +99,8 @@ def save_resolved(file: StudyFile, directory: Path) -> None:
     """Write the study file with its defaults into the study's directory, atomically."""
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     temporary = directory / f".{STUDY_FILE}.tmp"
-    temporary.write_text(file.to_yaml(), encoding="utf-8")
+    explicit = file.model_copy(update={"directory": file.directory or f"studies/{file.name}"})
+    temporary.write_text(explicit.to_yaml(), encoding="utf-8")
     temporary.replace(directory / STUDY_FILE)
 
 

@@ -124,7 +124,8 @@ class Partition:
 
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
-_ATTENTION = re.compile(r"attn|attention")
+#: The norm before attention belongs to it; the one called "post attention" feeds the MLP.
+_ATTENTION = re.compile(r"attn|attention(?!_layernorm)|input_layernorm|(^|\.)ln_1\.")
 
 
 def slot_kind(name: str, shape: Sequence[int]) -> SlotKind:

@@ -57,7 +57,7 @@ def model_card(facts: CardFacts) -> str:
         f"---\n{yaml.safe_dump(_front_matter(facts), sort_keys=False)}---\n",
         f"# {facts.title}\n",
         "This is a merge of pre-trained language models, found by a search with "
-        f"[evomerge](https://github.com/evomerge/evomerge) {facts.version}. {facts.place}\n",
+        f"evomerge {facts.version}. {facts.place}\n",
         _method(facts),
         _scores(facts),
         _configuration(facts),

@@ -50,7 +50,20 @@ def export_trial(
     size = shard_bytes(shards)
     number = choose(view, best=best, trial=trial)
     models = _models(view.trial(number).recipe)
-    return export(view, number, models, out, _scoring(view), size)
+    root = study_root(view.directory)
+    return export(view, number, models, out, _scoring(view), size, root)
+
+
+def study_root(directory: Path) -> Path | None:
+    """Return the folder of the study file that a study directory belongs to.
+
+    None where the study file put its directory somewhere else by an absolute path.
+    """
+    path = directory / STUDY_FILE
+    inside = load(path).directory if path.exists() else None
+    if inside is None or Path(inside).is_absolute() or ".." in Path(inside).parts:
+        return None
+    return directory.resolve().parents[len(Path(inside).parts) - 1]
 
 
 def _models(recipe: Recipe) -> Models:

@@ -78,7 +78,9 @@ def test_partitions(llama_family: Family, spec: str, blocks: tuple[str, ...]) ->
     assert covered == layout.parameters
     norm = next(i for i, s in enumerate(layout.slots) if "input_layernorm" in s.name)
     if spec == "module":
-        assert cut.blocks[cut.spans[norm].block].startswith("layer.0")
+        assert cut.blocks[cut.spans[norm].block] == "layer.0.attention"
+        after = next(i for i, s in enumerate(layout.slots) if "post_attention" in s.name)
+        assert cut.blocks[cut.spans[after].block] == "layer.0.mlp"
 
 
 def test_sharded_and_single_files_give_the_same_layout(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ from evomerge.space import Range, Space
 BLOCKS = ("embed", "layer.0", "final")
 
 
-def space(**columns: float | Range) -> Space:
+def space(columns: Mapping[str, float | Range] | None = None) -> Space:
     return Space(
         method="task_arithmetic",
         base=ModelRef("base", "b", "f0"),
@@ -67,7 +69,7 @@ def test_encode_inverts_decode_where_it_can() -> None:
 def test_digest_follows_the_map() -> None:
     box = space()
     assert box.digest == space().digest
-    assert box.digest != space(**{"weight.math": Range(0.0, 1.0), "weight.code": 1.0}).digest
+    assert box.digest != space({"weight.math": Range(0.0, 1.0), "weight.code": 1.0}).digest
 
 
 def test_baselines_are_points_of_the_space_where_the_method_allows() -> None:
