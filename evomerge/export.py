@@ -130,7 +130,7 @@ def export(
         RecipeError: the models are not those of the study, or the merge is not finite.
         StorageError: there is not enough space.
     """
-    out = Path(os.path.abspath(out))
+    out = out.absolute()
     here = (root or Path.cwd()).resolve()
     shown = out.relative_to(here) if out.is_relative_to(here) else Path(out.name)
     _require_free(out)

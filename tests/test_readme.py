@@ -45,9 +45,8 @@ def test_tables_are_the_registries() -> None:
 
 
 def commands() -> list[str]:
-    text = README.read_text()
-    lines = [line.strip().split("   #")[0].strip() for line in text.splitlines()]
-    return [line for line in lines if line.startswith("evomerge ")]
+    lines = [line for line in README.read_text().splitlines() if line.startswith("    evomerge ")]
+    return [line.split("  #")[0].strip() for line in lines]
 
 
 def test_there_are_commands() -> None:
