@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,24 @@ _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,256}\Z")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+(@[\w.\-/]+)?\Z")
 #: What is fetched from the hub: weights and the files that describe them, never pickles.
 _HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
-#: Fingerprints sample this many blocks of each shard beside its header.
-_SAMPLES, _SAMPLE_BYTES = 1024, 4096
+#: Fingerprints cover tensors below this completely; norms and biases are the ones that matter.
+_WHOLE_BYTES = 1 << 20
+#: They cover this many blocks of each larger tensor, its first and its last among them.
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
+
+
+def to_float32(bits: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    """Return the values of raw bits; float32 passes through unchanged.
+
+    Args:
+        bits: float32 values, or uint16 patterns of F16 or BF16.
+        dtype: safetensors name.
+    """
+    if dtype == "F32":
+        return np.asarray(bits, dtype=np.float32)
+    if dtype == "F16":
+        return bits.view(np.float16).astype(np.float32)
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +66,14 @@ class TensorEntry:
     start: int
     stop: int
 
+    def read(self) -> npt.NDArray[Any]:
+        """Return the tensor's bits as a flat read-only memory map."""
+        dtype = np.dtype(MERGEABLE.get(self.dtype, np.uint8))
+        count = (self.stop - self.start) // dtype.itemsize
+        if count == 0:
+            return np.empty(0, dtype)
+        return np.memmap(self.shard, dtype=dtype, mode="r", offset=self.start, shape=(count,))
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -60,7 +85,11 @@ class Checkpoint:
         directory: where it lies.
         config: its ``config.json``.
         tensors: by name, sorted.
-        fingerprint: of headers and sampled weights; changes when the weights change.
+        fingerprint: of headers and weights. Tensors below 1 MiB count completely, larger ones
+            by 16 blocks of 4 KiB, evenly spaced: training changes all of them, an edit of a few
+            rows of a large tensor can go unseen.
+        folds: tensors that are computed instead of stored (a LoRA adapter's), as functions
+            that return their flat float32 values; ``tensors`` gives their shapes.
     """
 
     name: str
@@ -69,6 +98,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
     fingerprint: str
+    folds: Mapping[str, Callable[[], npt.NDArray[np.float32]]] = field(default_factory=dict)
 
     @property
     def tied(self) -> bool:
@@ -83,13 +113,10 @@ class Checkpoint:
         return "lm_head.weight" not in self.tensors
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        """Return one tensor as a flat read-only memory map of its bits."""
-        entry = self.tensors[name]
-        dtype = np.dtype(MERGEABLE.get(entry.dtype, np.uint8))
-        count = (entry.stop - entry.start) // dtype.itemsize
-        if count == 0:
-            return np.empty(0, dtype)
-        return np.memmap(entry.shard, dtype=dtype, mode="r", offset=entry.start, shape=(count,))
+        """Return the bits of one tensor, flat: a read-only memory map, or a fold's result."""
+        if name in self.folds:
+            return self.folds[name]()
+        return self.tensors[name].read()
 
 
 def open_checkpoint(source: str, name: str, where: str) -> Checkpoint:
@@ -104,32 +131,70 @@ def open_checkpoint(source: str, name: str, where: str) -> Checkpoint:
         ModelError: anything that keeps the model from being merged.
         SetupError: the hub cannot be reached and the model is not cached.
     """
-    directory = _locate(source, where)
+    directory = locate(source, where)
     config = _read_config(directory, where)
     shards = _shards(directory, where)
     tensors: dict[str, TensorEntry] = {}
     digest = hashlib.blake2b(digest_size=16)
     for shard in shards:
-        header, body = _read_header(shard, where)
-        for tensor, entry in _entries(header, body, shard, where):
+        entries, body = read_header(shard, where)
+        for tensor, entry in entries:
             if tensor in tensors:
                 raise ModelError(f"{where}: tensor {tensor!r} is stored in two shards")
             tensors[tensor] = entry
-        digest.update(_sample(shard, body))
+        digest.update(_fingerprint(shard, body, [entry for _, entry in entries]))
     _check_index(directory, tensors, where)
     ordered = dict(sorted(tensors.items()))
     return Checkpoint(name, source, directory, config, ordered, digest.hexdigest())
 
 
-def _locate(source: str, where: str) -> Path:
-    path = Path(source).expanduser()
-    if path.is_dir():
+def locate(source: str, where: str) -> Path:
+    """Return the directory of a local model, or of a hub id after fetching it.
+
+    Raises:
+        ModelError: no such directory, or not a model that may be read.
+        SetupError: the hub cannot be reached and the model is not cached.
+    """
+    try:
+        path = Path(source).expanduser()
+        found, taken = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # name too long, closed parent, unknown ~user
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(f"{where}: no such directory: {source} ({reason})") from error
+    if found:
         return path
-    if path.exists():
+    if taken:
         raise ModelError(f"{where}: {source} is a file (give the checkpoint directory)")
     if not _HUB_ID.match(source) or source.startswith((".", "/", "~")):
         raise ModelError(f"{where}: no such directory: {source}")
     return _download(source, where)
+
+
+def resolve_source(source: str, root: Path) -> str:
+    """Return a model source with a local directory made absolute; hub ids pass through.
+
+    ``models/base`` reads like a hub id. It is a directory where one of that name exists, and
+    also where only ``models`` does: a missing directory must not become a look-up on the hub.
+
+    Args:
+        source: directory or hub id.
+        root: folder that relative paths start from.
+    """
+    try:
+        path = Path(source).expanduser()
+        beside = len(path.parts) > 1 and (root / path.parts[0]).is_dir()
+        looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
+        return str(root / path) if looks_local or beside or (root / path).exists() else source
+    except (OSError, RuntimeError):
+        return source  # not a path of this machine: ``locate`` says why
+
+
+def is_local(source: str) -> bool:
+    """Tell whether a model source is a directory of this machine."""
+    try:
+        return Path(source).expanduser().is_dir()
+    except (OSError, RuntimeError):  # name too long, closed parent, unknown ~user
+        return False
 
 
 def _download(source: str, where: str) -> Path:
@@ -138,8 +203,10 @@ def _download(source: str, where: str) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     repo, _, revision = source.partition("@")
@@ -147,7 +214,11 @@ def _download(source: str, where: str) -> Path:
         return Path(
             snapshot_download(repo, revision=revision or None, allow_patterns=list(_HUB_FILES))
         )
-    except (RepositoryNotFoundError, GatedRepoError) as error:
+    except HFValidationError as error:
+        raise ModelError(
+            f"{where}: {source} is neither a directory nor a valid hub id (owner/name[@revision])"
+        ) from error
+    except (RepositoryNotFoundError, GatedRepoError, RevisionNotFoundError) as error:
         raise ModelError(
             f"{where}: {source} is neither a directory nor a hub model that you may read "
             "(check the spelling, or log in with `hf auth login`)"
@@ -168,18 +239,36 @@ def _read_config(directory: Path, where: str) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.exists():
         raise ModelError(f"{where}: {directory.name}/config.json not found")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{where}: {directory.name}/config.json: invalid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{where}: {directory.name}/config.json: expected a mapping")
+    config = read_json_mapping(path, where)
     if "auto_map" in config:
         raise ModelError(
             f"{where}: {directory.name} needs its own Python code (auto_map), which evomerge "
             "does not run (use a model that transformers supports itself)"
         )
+    if config.get("quantization_config"):
+        raise ModelError(
+            f"{where}: {directory.name} is quantised (quantization_config), and quantised weights "
+            "cannot be merged (use the model it was made from, or dequantise and save it)"
+        )
     return config
+
+
+def read_json_mapping(path: Path, where: str) -> dict[str, Any]:
+    """Return the mapping in a JSON file of a model directory.
+
+    Raises:
+        ModelError: anything that is not exactly that, or too deep or too large to be read.
+    """
+    shown = f"{path.parent.name}/{path.name}"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{where}: {shown}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{where}: {shown}: invalid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{where}: {shown}: expected a mapping")
+    return data
 
 
 def _shards(directory: Path, where: str) -> list[Path]:
@@ -197,30 +286,45 @@ def _shards(directory: Path, where: str) -> list[Path]:
             else "no model.safetensors and no model.safetensors.index.json"
         )
         raise ModelError(f"{where}: {directory.name}: {hint}")
-    return [_inside(directory, name, where) for name in names]
+    return [inside(directory, name, where) for name in names]
 
 
 def _weight_map(index: Path, where: str) -> dict[str, str]:
-    try:
-        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(tensor): str(shard) for tensor, shard in mapping.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{where}: {index.name}: no valid weight_map ({error})") from error
+    mapping = read_json_mapping(index, where).get("weight_map")
+    if not isinstance(mapping, dict):
+        raise ModelError(f"{where}: {index.name}: no valid weight_map (expected a mapping)")
+    return {tensor: str(shard) for tensor, shard in mapping.items()}
 
 
-def _inside(directory: Path, name: str, where: str) -> Path:
-    """Return the path of a shard, refusing names that leave the directory."""
+def inside(directory: Path, name: str, where: str) -> Path:
+    """Return the path of a file of weights, refusing names that leave the directory.
+
+    Raises:
+        ModelError: missing, or outside.
+    """
     if Path(name).name != name or name in {"", ".", ".."} or "\\" in name or "\0" in name:
         raise ModelError(f"{where}: index: shard {name!r} leaves the directory")
     path = directory / name
     if not path.exists():
         raise ModelError(f"{where}: shard {name} is missing from {directory.name}")
-    root = directory.resolve()
+    require_inside(path, where)
+    return path
+
+
+def require_inside(path: Path, where: str) -> None:
+    """Refuse a file of a model directory that is a link to somewhere else.
+
+    Raises:
+        ModelError: it leaves the directory.
+    """
+    root = path.parent.resolve()
     # The Hugging Face cache stores snapshots as links into its own blobs folder.
     allowed = (root, root.parent.parent / "blobs")
     if not any(path.resolve().is_relative_to(folder) for folder in allowed):
-        raise ModelError(f"{where}: {name} is a link that leaves {directory.name}")
-    return path
+        raise ModelError(
+            f"{where}: {path.name} is a link that leaves {path.parent.name} "
+            "(put the file itself there)"
+        )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -232,9 +336,33 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return seen
 
 
-def _read_header(shard: Path, where: str) -> tuple[dict[str, Any], int]:
-    """Return the header of a safetensors file and the offset of its data."""
-    size = shard.stat().st_size
+def read_header(shard: Path, where: str) -> tuple[list[tuple[str, TensorEntry]], int]:
+    """Return the tensors of a safetensors file, checked, and the offset of its data.
+
+    Raises:
+        ModelError: not a safetensors file, or its header does not fit its size.
+    """
+    try:
+        size = shard.stat().st_size
+        raw = _header_bytes(shard, size, where)
+    except OSError as error:
+        raise ModelError(f"{where}: {shard.name}: cannot be read: {error.strerror}") from error
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{where}: {shard.name}: bad header: {error}") from error
+    if not isinstance(header, dict) or len(header) > _MAX_TENSORS:
+        raise ModelError(f"{where}: {shard.name}: bad header")
+    body = 8 + len(raw)
+    entries = list(_entries(header, body, size, shard, where))
+    ranges = sorted((entry.start, entry.stop, name) for name, entry in entries)
+    for (_, stop, first), (start, _, second) in pairwise(ranges):
+        if start < stop:
+            raise ModelError(f"{where}: {shard.name}: {first} and {second} overlap")
+    return entries, body
+
+
+def _header_bytes(shard: Path, size: int, where: str) -> bytes:
     with shard.open("rb") as file:
         first = file.read(8)
         if first.startswith(b"version "):
@@ -244,29 +372,21 @@ def _read_header(shard: Path, where: str) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(first, "little")
         if len(first) < 8 or length < 2 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise ModelError(f"{where}: {shard.name} is not a complete safetensors file")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{where}: {shard.name}: bad header: {error}") from error
-    if not isinstance(header, dict) or len(header) > _MAX_TENSORS:
-        raise ModelError(f"{where}: {shard.name}: bad header")
-    return header, 8 + length
+        return file.read(length)
 
 
 def _entries(
-    header: dict[str, Any], body: int, shard: Path, where: str
+    header: dict[str, Any], body: int, size: int, shard: Path, where: str
 ) -> Iterator[tuple[str, TensorEntry]]:
     """Check every entry of a header against the file and yield it."""
-    size = shard.stat().st_size
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         if not _NAME.match(name):
             raise ModelError(f"{where}: {shard.name}: tensor name {name[:60]!r} is not allowed")
         try:
-            dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-            start, stop = (int(n) for n in entry["data_offsets"])
+            dtype, shape = str(entry["dtype"]), tuple(_integer(n) for n in entry["shape"])
+            start, stop = (_integer(n) for n in entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{where}: {shard.name}: {name}: bad header entry") from error
         expected = prod(shape) * ITEM_BYTES.get(dtype, 0)
@@ -281,6 +401,12 @@ def _entries(
         yield name, TensorEntry(shard, dtype, shape, body + start, body + stop)
 
 
+def _integer(number: object) -> int:
+    if type(number) is not int:
+        raise TypeError(f"expected an integer, got {number!r}")
+    return number
+
+
 def _check_index(directory: Path, tensors: Mapping[str, TensorEntry], where: str) -> None:
     index = directory / "model.safetensors.index.json"
     if not index.exists():
@@ -290,14 +416,18 @@ def _check_index(directory: Path, tensors: Mapping[str, TensorEntry], where: str
             raise ModelError(f"{where}: index places {tensor} in {shard}, which lacks it")
 
 
-def _sample(shard: Path, body: int) -> bytes:
-    """Return a digest of the header, the size and evenly spaced blocks of the data."""
-    size = shard.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    step = max((size - body) // _SAMPLES, _SAMPLE_BYTES)
+def _fingerprint(shard: Path, body: int, entries: Sequence[TensorEntry]) -> bytes:
+    """Return a digest of the size, the header and the weights, see ``Checkpoint``."""
+    digest = hashlib.blake2b(str(shard.stat().st_size).encode(), digest_size=16)
     with shard.open("rb") as file:
         digest.update(file.read(body))
-        for offset in range(body, size, step):
-            file.seek(offset)
-            digest.update(file.read(_SAMPLE_BYTES))
+        for entry in sorted(entries, key=lambda entry: (entry.start, entry.stop)):
+            size = entry.stop - entry.start
+            if size < _WHOLE_BYTES:
+                file.seek(entry.start)
+                digest.update(file.read(size))
+                continue
+            for number in range(_SAMPLES):
+                file.seek(entry.start + number * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
     return digest.digest()

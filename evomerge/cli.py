@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from evomerge import __version__
-from evomerge.errors import EvomergeError, InputError, NothingUsableError
+from evomerge.errors import EvomergeError, InputError, Interrupted, NothingUsableError
 
 if TYPE_CHECKING:
     from evomerge.study_view import StudyView
@@ -73,7 +73,7 @@ def main() -> NoReturn:
     except click.ClickException as error:
         error.show()
         code = 2
-    except EvomergeError as error:
+    except (EvomergeError, Interrupted) as error:
         if "-v" in sys.argv or "--verbose" in sys.argv:
             logging.getLogger(__name__).debug("traceback", exc_info=True)
         for line in str(error).splitlines():
@@ -118,6 +118,17 @@ def _view(text: str) -> StudyView:
     if not (directory / "journal.jsonl").exists():
         raise InputError(f"{text}: this study has not been run yet (evomerge run {text})")
     return StudyView.load(directory)
+
+
+def _pairs(experts: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Split ``NAME=MODEL`` options."""
+    pairs = []
+    for expert in experts:
+        name, equals, source = expert.partition("=")
+        if not equals or not name or not source:
+            raise InputError(f"--expert: expected NAME=MODEL, got {expert!r}")
+        pairs.append((name, source))
+    return pairs
 
 
 _STUDY = click.argument("study", metavar="STUDY")
@@ -167,13 +178,7 @@ def init(file: Path, base: str | None, experts: tuple[str, ...], tasks: tuple[st
     """
     from evomerge.template import study_template
 
-    pairs = []
-    for expert in experts:
-        name, equals, source = expert.partition("=")
-        if not equals or not name or not source:
-            raise InputError(f"--expert: expected NAME=MODEL, got {expert!r}")
-        pairs.append((name, source))
-    text = study_template(base, pairs, tasks)
+    text = study_template(base, _pairs(experts), tasks)
     try:
         with file.open("x", encoding="utf-8") as handle:
             handle.write(text)
@@ -310,6 +315,86 @@ def export(
         export_trial(_view(study), best=best, trial=trial, out=out, shards=max_shard_size)
     )
     _show(facts, as_json)
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path), metavar="RECIPE.json")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="New directory for the checkpoint.",
+)
+@click.option("--base", default=None, metavar="MODEL", help="Where the base is, if not as written.")
+@click.option(
+    "--expert",
+    "experts",
+    multiple=True,
+    metavar="NAME=MODEL",
+    help="Where an expert is, if not as written; repeat for each.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default=None,
+    help="Instead of the recipe's.",
+)
+@click.option(
+    "--max-memory", default="4GB", show_default=True, help="Merged weights held at a time."
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Such as 2GB or 500MB.")
+@click.option("--threads", type=click.IntRange(1), default=None, help="All CPUs where absent.")
+@_AS_JSON
+def merge(
+    recipe: Path, out: Path, base: str | None, experts: tuple[str, ...], dtype: str | None,
+    max_memory: str, max_shard_size: str, threads: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Write the merge of one recipe as a checkpoint, without a study.
+
+    RECIPE.json is what `evomerge export` writes as evomerge_recipe.json. Its models are looked
+    for beside it, on the hub, or where --base and --expert say. Weights stream from disk to
+    disk, so that the merge of a large model needs little memory.
+    """
+    from rich.console import Console
+
+    from evomerge.byte_progress import byte_progress
+    from evomerge.one_shot import DTYPES, MergeSettings, merge_recipe, size_bytes
+
+    settings = MergeSettings(
+        size_bytes(max_memory, "--max-memory"), size_bytes(max_shard_size, "--max-shard-size"),
+        threads,
+    )  # fmt: skip
+    overrides = dict(_pairs(experts)) | ({"base": base} if base is not None else {})
+    with byte_progress(out.name, Console(stderr=True)) as progress:
+        merged = merge_recipe(
+            recipe, out, overrides, DTYPES[dtype] if dtype else None, settings, progress
+        )
+    if as_json:
+        _json(merged.facts())
+    else:
+        click.echo(merged.line())
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path), metavar="STUDY.yaml")
+@click.option(
+    "--seconds", type=click.FloatRange(min=1), default=20.0, show_default=True,
+    help="To spend on measuring, beside loading.",
+)  # fmt: skip
+@_AS_JSON
+def bench(file: Path, seconds: float, as_json: bool) -> None:
+    """Measure what a study will need with your models on this machine.
+
+    Loads one worker, applies random merges of the study's space and scores a few search items.
+    Reports how near the merge is to the speed of a plain copy, items per second, and the time
+    and memory of the whole study. Other programs on the machine disturb the numbers.
+    """
+    from evomerge.bench import measure
+    from evomerge.config import load
+    from evomerge.prepare import prepare
+
+    found = measure(prepare(load(file), file), seconds)
+    _show(found.to_dict() if as_json else found.lines(), as_json)
 
 
 @cli.command()

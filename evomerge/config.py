@@ -10,8 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from evomerge import strict_yaml
 from evomerge.errors import StudyFileError, suggest
@@ -22,8 +30,15 @@ _NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 #: Expert names become column names such as ``weight.math``.
 _EXPERT = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
 
+
+def _not_base(name: str) -> str:
+    if name == "base":
+        raise PydanticCustomError("base_name", "is the base's own name (choose another)")
+    return name
+
+
 Name = Annotated[str, StringConstraints(pattern=_NAME)]
-ExpertName = Annotated[str, StringConstraints(pattern=_EXPERT)]
+ExpertName = Annotated[str, StringConstraints(pattern=_EXPERT), AfterValidator(_not_base)]
 
 
 class Section(BaseModel):

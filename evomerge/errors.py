@@ -12,8 +12,10 @@
     ├── StorageError             6   storage is full or corrupt
     │   └── ReplayError          6   the journal does not replay to the same asks
     ├── EvaluationError          1   one trial failed on a worker (becomes a failed trial)
-    ├── CallOrderError           1   ask/tell, submit/wait were called out of order
-    └── Interrupted        128 + n   stopped cleanly by signal n (130 SIGINT, 143 SIGTERM)
+    └── CallOrderError           1   ask/tell, submit/wait were called out of order
+
+    Interrupted            128 + n   stopped by signal n (130 SIGINT, 143 SIGTERM); no Exception, so
+                                     that nothing takes it for the failure of a trial
 
 The number is the exit code of the command line.
 """
@@ -97,8 +99,11 @@ class CallOrderError(EvomergeError):
     """Methods were called in an order that their protocol forbids."""
 
 
-class Interrupted(EvomergeError):  # noqa: N818 - tells what happened; nothing is wrong
+class Interrupted(BaseException):  # noqa: N818 - tells what happened; nothing is wrong
     """The study was stopped by a signal; running it again continues it.
+
+    A signal handler raises it wherever the program happens to be, so like ``KeyboardInterrupt``
+    it passes every ``except Exception``.
 
     Attributes:
         signal_number: the signal that asked for the stop.

@@ -6,24 +6,23 @@ renamed. Nothing in it names a path or a user of the machine that made it.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from evomerge import __version__
-from evomerge.checkpoint import ITEM_BYTES, Checkpoint, open_checkpoint
-from evomerge.errors import InputError, NothingUsableError, RecipeError, StorageError
+from evomerge.atomic_directory import atomic_directory, require_free, require_space
+from evomerge.checkpoint import Checkpoint, is_local
+from evomerge.errors import InputError, NothingUsableError, RecipeError
 from evomerge.front_table import point_name, table_points
-from evomerge.layout import Layout
-from evomerge.merge.writer import write_checkpoint
+from evomerge.merge.writer import (
+    checkpoint_bytes,
+    copy_companions,
+    verify_checkpoint,
+    write_checkpoint,
+)
 from evomerge.mergekit_yaml import MergekitConfig, mergekit_config
 from evomerge.model_card import CardFacts, model_card
 from evomerge.models import Models
@@ -37,18 +36,6 @@ from evomerge.trial import Evaluation, TrialState
 RECIPE_FILE = "evomerge_recipe.json"
 SCORES_FILE = "evomerge_scores.json"
 MERGEKIT_FILE = "mergekit_config.yml"
-#: What makes a directory of weights a model, copied from the base where it has it.
-_COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-#: Keys in which transformers keeps the path that a file was loaded from.
-_PATH_KEYS = ("_name_or_path", "name_or_path")
-_SPARE_BYTES = 64 << 20
-_CHECK_ELEMENTS = 1 << 24
-#: Exponent bits of 16-bit floats: all set means infinite or not a number.
-_EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,24 +120,17 @@ def export(
     out = out.absolute()
     here = (root or Path.cwd()).resolve()
     shown = out.relative_to(here) if out.is_relative_to(here) else Path(out.name)
-    _require_free(out)
-    recipe = _public_recipe(view.trial(number).recipe, models)
-    _require_space(out, models, recipe)
-    temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        temporary.mkdir()
+    require_free(out)
+    recipe = public_recipe(view.trial(number).recipe, models)
+    require_space(out, checkpoint_bytes(recipe, models))
+    with atomic_directory(out) as temporary:
         write_checkpoint(recipe, models, temporary, max_shard_bytes)
-        _copy_companions(models.base, temporary)
+        copy_companions(models.base, temporary)
         mergekit = mergekit_config(recipe, models.layout, _sources(recipe))
         files = _documents(view, number, recipe, mergekit, scoring, shown)
         for name, text in files.items():
             (temporary / name).write_text(text, encoding="utf-8")
-        _verify(temporary, models, recipe)
-        _publish(temporary, out)
-    except OSError as error:
-        raise _storage_error(out, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        verify_checkpoint(temporary, models, recipe)
     split = _best_split(view, number)
     written = sorted(path for path in out.iterdir())
     return Exported(
@@ -169,36 +149,36 @@ def export(
 # -- before --------------------------------------------------------------------------------
 
 
-def _require_free(out: Path) -> None:
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise InputError(f"{out}: is in the way and no directory (choose a new one)")
-    try:
-        if out.exists() and any(out.iterdir()):
-            raise InputError(f"{out}: exists and is not empty (choose a new directory)")
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror}") from error
+def public_sources(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """Return how an exported file names each model: its hub id, or ``./`` and its directory.
 
-
-def _require_space(out: Path, models: Models, recipe: Recipe) -> None:
-    needed = models.layout.parameters * ITEM_BYTES[recipe.dtype] + _SPARE_BYTES
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        raise StorageError(
-            f"{out}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free "
-            "(free some space, or choose another disk)"
+    As much of a directory's path is shown as tells the models apart: ``./final``, or
+    ``./math/final`` and ``./code/final``. Where that would reach up to the home directory or the
+    top of the disk, the model's name in the study stands there instead.
+    """
+    paths = [one.directory.resolve() if is_local(one.source) else None for one in checkpoints]
+    shown = []
+    for one, path in zip(checkpoints, paths, strict=True):
+        if path is None:
+            shown.append(one.source)
+            continue
+        others = [other.parts for other in paths if other not in (None, path) and other]
+        home = Path.home().resolve()
+        private = len(home.parts) if path.is_relative_to(home) else 2  # the root and one folder
+        lengths = range(1, max(len(path.parts) - private, 1) + 1)
+        length = next(
+            (n for n in lengths if all(path.parts[-n:] != other[-n:] for other in others)), None
         )
+        tail = path.parts[-length:] if length else (one.name, path.name)
+        shown.append("./" + "/".join(tail))
+    return tuple(shown)
 
 
-def public_source(checkpoint: Checkpoint) -> str:
-    """Return how an exported file names a model: its hub id, or ``./`` and its directory's name."""
-    local = Path(checkpoint.source).expanduser().is_dir()
-    return f"./{checkpoint.directory.resolve().name}" if local else checkpoint.source
-
-
-def _public_recipe(recipe: Recipe, models: Models) -> Recipe:
+def public_recipe(recipe: Recipe, models: Models) -> Recipe:
     """Return the recipe with sources that can be shown; its digest does not change."""
-    named = {one.name: public_source(one) for one in (models.base, *models.experts)}
+    opened = (models.base, *models.experts)
+    shown_as = public_sources(opened)
+    named = {one.name: source for one, source in zip(opened, shown_as, strict=True)}
 
     def shown(ref: ModelRef) -> ModelRef:
         if ref.name not in named:
@@ -217,23 +197,6 @@ def _sources(recipe: Recipe) -> dict[str, str]:
 
 
 # -- writing -------------------------------------------------------------------------------
-
-
-def _copy_companions(base: Checkpoint, folder: Path) -> None:
-    """Copy tokenizer and generation settings; drop the paths that transformers leaves in JSON."""
-    for name in _COMPANIONS:
-        source = base.directory / name
-        if source.is_file():
-            shutil.copyfile(source, folder / name)
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        path = folder / name
-        if not path.exists():
-            continue
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if any(key in data for key in _PATH_KEYS):
-            kept = {key: value for key, value in data.items() if key not in _PATH_KEYS}
-            text = json.dumps(kept, indent=2, ensure_ascii=False)
-            path.write_text(text + "\n", encoding="utf-8")
 
 
 def _documents(
@@ -374,68 +337,3 @@ def _card(
         commands=commands,
         version=__version__,
     )
-
-
-# -- after ---------------------------------------------------------------------------------
-
-
-def _verify(folder: Path, models: Models, recipe: Recipe) -> None:
-    """Read the checkpoint back: names, shapes, dtypes, and every number finite."""
-    from safetensors import safe_open
-
-    written = open_checkpoint(str(folder), "export", "export")
-    expected = _expected(models.layout, recipe) | {
-        name: (models.base.tensors[name].dtype, models.base.tensors[name].shape)
-        for name in models.buffers
-    }
-    found = {name: (entry.dtype, entry.shape) for name, entry in written.tensors.items()}
-    assert found == expected, sorted(set(found.items()) ^ set(expected.items()))[:3]
-    shards = sorted({entry.shard for entry in written.tensors.values()})
-    names: set[str] = set()
-    for shard in shards:
-        with safe_open(shard, framework="numpy") as file:
-            names.update(file.keys())
-    assert names == set(expected)
-    for name, (dtype, _) in expected.items():
-        if name not in models.buffers and not _finite(written, name, dtype):
-            raise RecipeError(
-                f"export: {name} is not finite in {dtype}: the coefficients are too large for it "
-                "(use a wider dtype or smaller ranges)"
-            )
-
-
-def _expected(layout: Layout, recipe: Recipe) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {slot.name: (recipe.dtype, slot.shape) for slot in layout.slots}
-
-
-def _finite(checkpoint: Checkpoint, name: str, dtype: str) -> bool:
-    bits = checkpoint.read(name)
-    for start in range(0, len(bits), _CHECK_ELEMENTS):
-        piece = bits[start : start + _CHECK_ELEMENTS]
-        mask = _EXPONENTS.get(dtype)
-        good = np.isfinite(piece) if mask is None else (piece & mask) != mask
-        if not bool(np.all(good)):
-            return False
-    return True
-
-
-def _publish(temporary: Path, out: Path) -> None:
-    """Make everything durable, then let it appear under its name."""
-    for path in (*sorted(temporary.iterdir()), temporary):
-        _fsync(path)
-    temporary.rename(out)
-    _fsync(out.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _storage_error(out: Path, error: OSError) -> InputError | StorageError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(f"{out}: the disk is full; nothing was left behind (free some space)")
-    return InputError(f"{out}: cannot be written: {error.strerror or error}")

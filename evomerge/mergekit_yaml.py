@@ -15,11 +15,18 @@ from typing import Any
 
 import yaml
 
+from evomerge.errors import InputError
 from evomerge.layout import Layout, partition
 from evomerge.merge.methods import METHODS, Scope
 from evomerge.recipe import Recipe
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+#: Methods that mergekit computes as we do, where the functions below do not refuse.
+_SAME = {
+    "linear", "task_arithmetic", "ties", "slerp", "nuslerp", "multislerp", "karcher",
+    "model_stock", "passthrough",
+}  # fmt: skip
 
 Setting = float | list[dict[str, Any]]
 
@@ -67,15 +74,17 @@ _HEADER = """\
 def _config(recipe: Recipe, layout: Layout, sources: Mapping[str, str]) -> dict[str, Any]:
     if recipe.method not in METHODS:
         raise _InexpressibleError(f"mergekit has no method {recipe.method!r}")
+    if recipe.method not in _SAME:
+        raise _InexpressibleError(f"mergekit's {recipe.method} differs, or it has none")
     if recipe.method == "ties":
         _require_plain_ties(recipe)
     models, base = _roles(recipe)
-    tables = _values(recipe, layout)
+    tables = _geometry_tables(recipe, _values(recipe, layout))
     config: dict[str, Any] = {"merge_method": recipe.method}
     if base is not None:
         config["base_model"] = sources[base]
     if all(len(set(values.values())) == 1 for values in tables.values()):
-        whole = _parameters(tables, models, list(next(iter(tables.values()))))
+        whole = _parameters(tables, models, list(next(iter(tables.values()), {})))
         config["models"] = [
             _entry({"model": sources[model]}, whole.per_model[model]) for model in models
         ]
@@ -87,7 +96,7 @@ def _config(recipe: Recipe, layout: Layout, sources: Mapping[str, str]) -> dict[
     shared |= {
         option.name: recipe.option(option.name, option.default)
         for option in method.options
-        if option.name == "normalize"
+        if option.name in ("normalize", "normalize_weights")
     }
     if shared:
         config["parameters"] = shared
@@ -96,6 +105,32 @@ def _config(recipe: Recipe, layout: Layout, sources: Mapping[str, str]) -> dict[
     if recipe.dtype != "F32":
         config["out_dtype"] = _DTYPES[recipe.dtype]
     return config
+
+
+def _geometry_tables(
+    recipe: Recipe, tables: dict[str, dict[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Return the tables without what mergekit's geometric methods do not take.
+
+    Refuses values that they would need.
+    """
+    if recipe.method == "karcher":
+        if recipe.option("with_base", False):
+            raise _InexpressibleError("mergekit's karcher averages weights, not task vectors")
+        shares = [tables.pop(name) for name in list(tables) if name.startswith("weight.")]
+        if any(share != shares[0] for share in shares):
+            raise _InexpressibleError("mergekit's karcher has no weights")
+        if "max_iter" in tables:
+            steps = tables["max_iter"].items()
+            tables["max_iter"] = {name: int(value) for name, value in steps}
+    if recipe.method == "model_stock":
+        if any(value != 1.0 for value in tables.pop("lambda", {}).values()):
+            raise _InexpressibleError("mergekit's model_stock has no lambda")
+        if recipe.option("clamp", True):
+            raise _InexpressibleError(
+                "mergekit's model_stock steps away from task vectors that oppose (clamp: false)"
+            )
+    return tables
 
 
 def _require_plain_ties(recipe: Recipe) -> None:
@@ -116,8 +151,10 @@ def _require_plain_ties(recipe: Recipe) -> None:
 def _roles(recipe: Recipe) -> tuple[list[str], str | None]:
     """Return the input models in mergekit's order, and which of them is its base."""
     experts = [expert.name for expert in recipe.experts]
-    if recipe.method == "linear":
-        return experts, None  # a base would be one more input of the average
+    if recipe.method in ("linear", "karcher", "passthrough"):
+        return experts, None  # a base would be one more input
+    if recipe.method in ("nuslerp", "multislerp") and not recipe.option("with_base", True):
+        return experts, None  # a base would turn weights into task vectors
     if recipe.method == "slerp" and len(experts) == 2:
         return experts, experts[0]
     return [recipe.base.name, *experts], recipe.base.name
@@ -125,7 +162,10 @@ def _roles(recipe: Recipe) -> tuple[list[str], str | None]:
 
 def _values(recipe: Recipe, layout: Layout) -> dict[str, dict[str, float]]:
     """Return column → tensor name → value; aliases have the value of their slot."""
-    blocks = partition(layout, recipe.partition)
+    try:
+        blocks = partition(layout, recipe.partition)
+    except InputError as error:
+        raise _InexpressibleError(str(error)) from error
     if len(blocks.blocks) != len(recipe.table):
         raise _InexpressibleError("the recipe does not fit the layout")
     if len({span.slot for span in blocks.spans}) != len(blocks.spans):

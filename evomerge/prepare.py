@@ -1,4 +1,4 @@
-"""From a study file to the objects of a study: every problem is found before weights are read."""
+"""From a study file to the objects of a study: every problem is found before a GPU is touched."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from evomerge.checkpoint import resolve_source
 from evomerge.config import ItemsSection, RangeSection, StudyFile, TaskSection
-from evomerge.errors import EvomergeError, InputError, SetupError, StudyFileError, suggest
+from evomerge.errors import (
+    EvomergeError,
+    InputError,
+    ModelError,
+    SetupError,
+    StudyFileError,
+    suggest,
+)
 from evomerge.fitness.lm_eval import LmEvalTasks, TaskSpec
 from evomerge.fitness.splits import ItemSplit, split_items
-from evomerge.layout import PARTITIONS, partition
+from evomerge.layout import Partition, parse_spec, partition, resolve_partition
+from evomerge.merge.masses import task_vector_masses
 from evomerge.merge.methods import METHODS, Method, Scope
+from evomerge.merge.sources import Sources
 from evomerge.models import Models, open_models
 from evomerge.pool import Pool, SerialPool
 from evomerge.search.baselines import Baseline, baselines
@@ -104,7 +114,8 @@ def study_directory(file: StudyFile, root: Path) -> Path:
 def prepare(file: StudyFile, path: Path) -> Prepared:
     """Check a study file against the world and return its objects.
 
-    Reads headers, configs and tasks; no weights, no GPU, no Ray.
+    Reads headers, configs and tasks; no GPU, no Ray, and no weights but for one partition:
+    ``importance(n)`` reads all of them once, after everything else was found right.
 
     Args:
         file: the study file.
@@ -161,9 +172,12 @@ def prepare(file: StudyFile, path: Path) -> Prepared:
 
 
 def _check_search(file: StudyFile) -> None:
-    problems = argument_problems(file.search.searcher, file.search.arguments)
+    try:
+        problems = argument_problems(file.search.searcher, file.search.arguments)
+    except InputError as error:
+        raise InputError(f"search.{error}") from error
     if problems:
-        raise InputError("\n".join(problems))
+        raise InputError("\n".join(f"search.arguments.{problem}" for problem in problems))
 
 
 def _method(file: StudyFile) -> Method:
@@ -176,11 +190,12 @@ def _method(file: StudyFile) -> Method:
 def _columns(file: StudyFile) -> dict[str, float | Range]:
     """Return the columns of the table: searched ranges and fixed numbers."""
     method = _method(file)
-    if file.space.partition not in PARTITIONS:
-        name = file.space.partition
-        raise InputError(f"space.partition: unknown {name!r}{suggest(name, PARTITIONS)}")
     experts = tuple(file.models.experts)
     problems = list(_experts_problem(method, len(experts)))
+    try:
+        parse_spec(file.space.partition)
+    except InputError as error:
+        problems.append(f"space.{error}")
     given = {
         name: value
         for name, value in file.space.parameters.items()
@@ -253,13 +268,6 @@ def _option_problems(file: StudyFile, method: Method) -> list[str]:
     return problems
 
 
-def resolve_source(source: str, root: Path) -> str:
-    """Return a model source with a local directory made absolute; hub ids pass through."""
-    local = root / Path(source).expanduser()
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
-    return str(local) if local.exists() or looks_local else source
-
-
 def _open(file: StudyFile, root: Path) -> Models:
     experts = [(name, resolve_source(source, root)) for name, source in file.models.experts.items()]
     return open_models(resolve_source(file.models.base, root), experts)
@@ -312,25 +320,41 @@ def _splits(file: StudyFile, tasks: LmEvalTasks) -> tuple[ItemSplit, ...]:
     return tuple(splits)
 
 
+def _options(file: StudyFile, method: Method) -> dict[str, str | float | bool]:
+    """Return the method's options, checked before, completed by their defaults."""
+    options: dict[str, str | float | bool] = {}
+    for option in method.options:
+        value = file.space.parameters.get(option.name, option.default)
+        assert isinstance(value, str | bool)
+        options[option.name] = value
+    return options
+
+
+def _partition(file: StudyFile, models: Models) -> Partition:
+    """Return the partition in the form that recipes hold: it never needs the weights again."""
+    try:
+        spec = resolve_partition(
+            file.space.partition, models.layout, lambda: task_vector_masses(Sources(models))
+        )
+        return partition(models.layout, spec)
+    except ModelError:
+        raise
+    except InputError as error:
+        raise InputError(f"space.{error}") from error
+
+
 def _space(file: StudyFile, models: Models, columns: dict[str, float | Range]) -> Space:
     base, experts = models.refs
     method = _method(file)
-    options: dict[str, str | float | bool] = {
-        option.name: option.default for option in method.options
-    }
-    for name in options:
-        value = file.space.parameters.get(name, options[name])
-        assert isinstance(value, str | bool)
-        options[name] = value
     dtype = _DTYPES[file.space.dtype] if file.space.dtype else models.dtype
     return Space(
         method=method.name,
         base=base,
         experts=experts,
-        partition=partition(models.layout, file.space.partition),
+        partition=_partition(file, models),
         layout=models.layout.digest,
         columns=columns,
-        options=options,
+        options=_options(file, method),
         seed=file.seed,
         dtype=dtype,
     )
@@ -339,9 +363,10 @@ def _space(file: StudyFile, models: Models, columns: dict[str, float | Range]) -
 def _baselines(file: StudyFile, space: Space) -> tuple[Baseline, ...]:
     method = _method(file)
     experts = tuple(file.models.experts)
+    options = _options(file, method)
 
     def anchor(weights: tuple[float, ...]) -> dict[str, float] | None:
-        values = method.anchor(weights)
+        values = method.anchor(weights, options)
         if values is None:
             return None
         columns: dict[str, float] = {}

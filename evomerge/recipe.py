@@ -64,7 +64,11 @@ class Recipe:
     dtype: str = "F32"
 
     def __post_init__(self) -> None:
-        """Refuse ragged tables and numbers that are not finite."""
+        """Refuse equal names, ragged tables and numbers that are not finite."""
+        names = [ref.name for ref in (self.base, *self.experts)]
+        for name in names:
+            if names.count(name) > 1:
+                raise RecipeError(f"recipe: two models are named {name!r} (rename one)")
         for row_number, row in enumerate(self.table):
             if len(row) != len(self.columns):
                 raise RecipeError(

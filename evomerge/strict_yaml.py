@@ -25,6 +25,9 @@ class _Loader(yaml.SafeLoader):
         mark = self.get_mark()
         if self.check_event(yaml.AliasEvent):
             raise _ProblemError(mark, "aliases are not supported")
+        tag = getattr(self.peek_event(), "tag", None)
+        if tag is not None:
+            raise _ProblemError(mark, f"tag {tag!r} is not allowed (write the value without it)")
         self.depth = getattr(self, "depth", 0) + 1
         if self.depth > _MAX_DEPTH:
             raise _ProblemError(mark, f"nesting deeper than {_MAX_DEPTH}")
@@ -74,7 +77,11 @@ def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
 
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    return int(node.value)  # decimal even with a leading zero, as in YAML 1.2
+    try:
+        return int(node.value)  # decimal even with a leading zero, as in YAML 1.2
+    except ValueError as error:  # Python's limit on the digits of a number
+        digits = len(node.value)
+        raise _ProblemError(node.start_mark, f"number of {digits} digits is too long") from error
 
 
 _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
@@ -111,6 +118,8 @@ def parse_mapping(text: str, where: str) -> dict[str, Any]:
         raise StudyFileError(where, [_explain(error)]) from error
     except yaml.YAMLError as error:
         raise StudyFileError(where, [str(error).splitlines()[0]]) from error
+    except (ValueError, OverflowError) as error:  # PyYAML on "\\UFFFFFFFF" and %YAML 99…9.1
+        raise StudyFileError(where, [f"not valid YAML: {error}"]) from error
     if not documents or documents == [None]:
         raise StudyFileError(where, ["file is empty (see 'evomerge init')"])
     if len(documents) > 1:

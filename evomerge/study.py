@@ -32,7 +32,9 @@ from evomerge.study_record import (
     Split,
     ask_fields,
     compare,
+    compared,
     differences,
+    distinct,
     frame_fields,
     library_versions,
     objective_fields,
@@ -101,6 +103,8 @@ class Study:
         scalarise: the searcher sees the weighted mean of the losses instead of all of them.
         finalists: how many trials are scored again on the validation items, beside baselines.
         listeners: told what happens.
+        on_open: called when the journal is open and holds a study of these settings; what it
+            raises ends the run.
         grace_seconds: how long a stop by signal waits for running trials.
 
     Raises:
@@ -125,6 +129,7 @@ class Study:
         scalarise: bool,
         finalists: int = 12,
         listeners: Sequence[StudyListener] = (),
+        on_open: Callable[[], None] = lambda: None,
         grace_seconds: float = 60.0,
     ) -> None:
         if not objectives or len(splits) != len(objectives):
@@ -155,6 +160,7 @@ class Study:
         self.scalarise = scalarise
         self.finalists = finalists
         self.listeners = tuple(listeners)
+        self.on_open = on_open
         self.grace_seconds = grace_seconds
         self._identity = {"versions": library_versions(), **identity}
 
@@ -172,6 +178,8 @@ class Study:
         with StopSignals() as signals, Journal(self.directory) as journal:
             history = History.of(journal.records, str(self.directory))
             self._open(journal, history)
+            self.on_open()
+            _retry(journal, history)
             run = _Run(self, journal, history, signals)
             try:
                 run.all_phases()
@@ -204,12 +212,19 @@ class Study:
             history.opened = journal.append("open", schema=SCHEMA, **contract)
             return
         recorded = {key: history.opened.get(key) for key in contract}
-        changed = differences(recorded, contract)
+        changed = differences(compared(recorded), compared(contract))
         if changed:
             raise InputError(
                 f"{self.directory}: this study was begun with other settings; restore them, or "
                 "give a new study directory:\n" + "\n".join(changed)
             )
+
+
+def _retry(journal: Journal, history: History) -> None:
+    """Ask again for the failures that stopped the study: who runs it again has mended something."""
+    stop = history.stop
+    if stop is not None and stop["reason"] == "failure":
+        history.add(journal.append("retry", split=stop["split"], trials=stop["trials"]))
 
 
 class _Run:
@@ -225,6 +240,7 @@ class _Run:
         self._muted: set[int] = set()
         self._progress = Progress("baselines", 0, 0, 0)
         self._failures = 0
+        self._first_failure: int | None = None
         self._best: tuple[float, ...] | None = None
         self._worst: tuple[float, ...] | None = None
         self.evaluations = Evaluations(
@@ -314,15 +330,16 @@ class _Run:
         """Score finalists and baselines again on held-out items; report front and choice."""
         done = self._done(range(len(self._history.trials)), "search")
         if not done:
-            self._stop(f"none of the {len(self._history.trials)} trials succeeded")
+            self._stop(f"none of the {len(self._history.trials)} trials succeeded", "search")
         chosen = self._finalists(done)
         split: Split = "search"
         if any(self._study.items["validation"]):
             chosen = self._score(chosen, "validation")
             split = "validation"
             if not chosen:
-                self._stop("none of the finalists could be scored on the validation items")
-        front = [chosen[row] for row in nondominated(self._losses(chosen, split))]
+                self._stop("none of the finalists could be scored on the validation items", split)
+        best_rows = nondominated(self._losses(chosen, split))
+        front = distinct((chosen[row] for row in best_rows), self._history.digests)
         losses = self._losses(front, split)
         best = front[recommended(losses, self._study.objectives, self._study.scalarise)]
         if any(self._study.items["test"]):
@@ -340,10 +357,7 @@ class _Run:
         trial. Of several trials with the same recipe only the first competes.
         """
         baselines = [number for number in done if number < len(self._study.baselines)]
-        first: dict[str, int] = {}
-        for number in done:
-            first.setdefault(self._history.digests[number], number)
-        rest = list(first.values())
+        rest = distinct(done, self._history.digests)
         chosen: list[int] = []
         while rest and len(chosen) < self._study.finalists:
             losses = self._losses(rest, "search")
@@ -398,12 +412,15 @@ class _Run:
         self.notify("on_trial", settle(trial, result), result.replayed)
         if isinstance(result.value, Failure):
             logger.info("trial %d failed (%s)", trial.number, result.value.message)
+            if self._first_failure is None:
+                self._first_failure = trial.number
             # Replayed failures do not count: who runs again has mended something.
             self._failures += 0 if result.replayed else 1
             if self._failures >= FAILURES_IN_A_ROW:
-                self._stop(f"{FAILURES_IN_A_ROW} trials in a row failed")
+                reason = f"{FAILURES_IN_A_ROW} trials in a row failed"
+                self._stop(reason, "search", self._first_failure)
             return self._penalty(), True
-        self._failures = 0
+        self._failures, self._first_failure = 0, None
         losses = self._told(result.value)
         self._best = tuple(map(min, self._best or losses, losses))
         self._worst = tuple(map(max, self._worst or losses, losses))
@@ -468,12 +485,16 @@ class _Run:
         running = self.evaluations.running
         self.notify("on_progress", Progress(now.phase, now.done, running, now.total))
 
-    def _stop(self, reason: str) -> None:
-        failures = [
-            result.value.message
-            for result in self._history.results.values()
-            if isinstance(result.value, Failure)
-        ]
-        message = f"{reason}; the last one: {failures[-1]}" if failures else reason
-        self._journal.append("stop", reason="failure", message=message)
-        raise NothingUsableError(message)
+    def _stop(self, reason: str, split: Split, first: int = 0) -> None:
+        """End the study; the failures from trial ``first`` on are run again next time."""
+        failed = {
+            number: result.value.message
+            for (of, number), result in self._history.results.items()
+            if of == split and number >= first and isinstance(result.value, Failure)
+        }
+        message = f"{reason}; the last one: {list(failed.values())[-1]}"
+        fields = {"message": message, "split": split, "trials": sorted(failed)}
+        self._journal.append("stop", reason="failure", **fields)
+        raise NothingUsableError(
+            f"{message} (mend the cause and run the same command again: these are repeated)"
+        )

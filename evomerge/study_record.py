@@ -6,6 +6,7 @@
 ``ask``     one trial: kind, label, x (hex), frame, table, seed, recipe digest
 ``tell``    result of a trial on the search items, written when it arrives
 ``score``   result of a finalist on the items of another split
+``retry``   failures that are asked for again, see ``History.add``
 ``pool``    facts about the workers
 ``note``    for humans
 ``stop``    the study ended early: signal or failure
@@ -20,7 +21,7 @@ searcher is told in order of asking, which needs no record: it follows from the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -36,6 +37,9 @@ SCHEMA = 1
 
 Split = Literal["search", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("search", "validation", "test")
+
+_SEARCH_PACKAGES = ("numpy", "nevergrad", "pymoo", "cma")
+_SCORE_PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +62,9 @@ class Result:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions that decide what a searcher asks."""
+    """Return the versions that decide what a searcher asks and what a model scores."""
     versions = {"evomerge": __version__}
-    for package in ("numpy", "nevergrad", "pymoo", "cma"):
+    for package in (*_SEARCH_PACKAGES, *_SCORE_PACKAGES):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -179,7 +183,7 @@ class History:
         history = History()
         for record in records:
             try:
-                history._add(record)
+                history.add(record)
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 raise StorageError(
                     f"{source}: record {record.get('seq')} ({record.get('ev')}) cannot be "
@@ -187,7 +191,13 @@ class History:
                 ) from error
         return history
 
-    def _add(self, record: Record) -> None:
+    def add(self, record: Record) -> None:
+        """Take in the next record.
+
+        A ``retry`` record lists failed trials: their results are forgotten. On the search items
+        so is every search trial after the first of them, because the searcher had been told of
+        that failure, or could have been, when it asked for them.
+        """
         event = record["ev"]
         if event != "note":
             self.stop = None
@@ -205,6 +215,8 @@ class History:
                 self.times[record["trial"]] = record["t"]
             case "score":
                 self._add_result(record["split"], record)
+            case "retry":
+                self._forget(record["split"], record["trials"])
             case "pool":
                 self.facts = record["facts"]
             case "stop":
@@ -241,6 +253,18 @@ class History:
             raise ValueError(f"trial {number} was not asked, or has a result already")
         self.results[split, number] = result_from(record)
 
+    def _forget(self, split: Split, failed: Sequence[int]) -> None:
+        for number in failed:
+            del self.results[split, number]
+        if split != "search":
+            return
+        later = [n for n, t in self.trials.items() if n > min(failed) and t.kind == "search"]
+        for number in (*failed, *later):
+            self.times.pop(number, None)
+        for number in later:
+            self.results.pop(("search", number), None)
+            del self.trials[number], self.digests[number]
+
     def settled(self, trial: Trial) -> Trial:
         """Return ``trial`` with what its ``tell`` says, unchanged when there is none."""
         result = self.results.get(("search", trial.number))
@@ -254,6 +278,29 @@ def settle(trial: Trial, result: Result) -> Trial:
             trial, state=TrialState.FAILED, failure=result.value, attempts=result.attempts
         )
     return replace(trial, state=TrialState.DONE, evaluation=result.value, attempts=result.attempts)
+
+
+def distinct(numbers: Iterable[int], digests: Mapping[int, str]) -> list[int]:
+    """Return the first trial of each recipe, in the order given."""
+    first: dict[str, int] = {}
+    for number in numbers:
+        first.setdefault(digests[number], number)
+    return list(first.values())
+
+
+def compared(contract: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a contract that must be equal when a study is continued.
+
+    The name is for display, and weights count only where the searcher sees a weighted mean.
+    """
+    fields = dict(contract)
+    fields["identity"] = {k: v for k, v in contract["identity"].items() if k != "name"}
+    if not contract["scalarise"]:
+        fields["objectives"] = [
+            {key: value for key, value in objective.items() if key != "weight"}
+            for objective in contract["objectives"]
+        ]
+    return fields
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

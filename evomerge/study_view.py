@@ -13,7 +13,7 @@ from typing import Any
 from evomerge.errors import InputError, StorageError, suggest
 from evomerge.journal import is_locked, read
 from evomerge.pareto import hypervolume, knee, nondominated
-from evomerge.study_record import History, Result, Split, objective_from
+from evomerge.study_record import History, Result, Split, distinct, objective_from
 from evomerge.trial import Evaluation, Objective, Trial, TrialState
 
 
@@ -272,9 +272,9 @@ def _front(
     if not done:
         return (), "search", None
     losses = [_losses(objectives, t.evaluation.values) for t in done if t.evaluation is not None]
-    front = tuple(done[row].number for row in nondominated(losses))
+    front = distinct((done[row].number for row in nondominated(losses)), history.digests)
     best = recommended(losses, objectives, history.opened["scalarise"])
-    return front, "search", done[best].number
+    return tuple(front), "search", done[best].number
 
 
 def _state(history: History, directory: Path) -> StudyState:

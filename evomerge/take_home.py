@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from evomerge.config import StudyFile, load
-from evomerge.errors import InputError
 from evomerge.export import Exported, choose, export
 from evomerge.models import Models, open_models
+from evomerge.one_shot import size_bytes
 from evomerge.prepare import task_specs
 from evomerge.presentation import STUDY_FILE
 from evomerge.recipe import Recipe
 from evomerge.scoring import Scoring
 from evomerge.study_view import StudyView
-
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def shard_bytes(text: str) -> int:
-    """Return the number of bytes in ``5GB``, ``500MB`` and the like.
-
-    Raises:
-        InputError: not a size, or zero.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)\s*", text.upper())
-    size = int(float(match.group(1)) * _UNITS[match.group(2)]) if match else 0
-    if size == 0:
-        raise InputError(f"--max-shard-size: expected a size such as 5GB or 500MB, got {text!r}")
-    return size
 
 
 def export_trial(
@@ -47,7 +31,7 @@ def export_trial(
         InputError: nothing such in the study, or ``out`` is not free.
         ModelError: the models are gone or changed.
     """
-    size = shard_bytes(shards)
+    size = size_bytes(shards, "--max-shard-size")
     number = choose(view, best=best, trial=trial)
     models = _models(view.trial(number).recipe)
     root = study_root(view.directory)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError, SetupError
 from evomerge.fitness.lm_eval import LmEvalTasks, TaskSpec
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 _LOG = logging.getLogger(__name__)
+#: What lm-eval's HFLM scores; it tells the two apart by the model's own config.
+_SCORED = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 _TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -76,11 +78,13 @@ class ModelWorker:
         self._spec = spec
         self._device = choose_device(spec.device)
         models = open_models(spec.base, spec.experts)
+        auto = scored_class(models.base.config)
         merger = Merger(models, spec.threads)
         merger.sources.require_finite()
-        model = _live_model(models, spec.dtype, self._device)
+        model = _live_model(models, auto, spec.dtype, self._device)
         tokenizer = AutoTokenizer.from_pretrained(models.base.directory, trust_remote_code=False)
         self._engine = Engine(merger, model)
+        self._engine.require_base()
         tasks = LmEvalTasks.load(
             spec.tasks, spec.include_paths, spec.data_root, spec.allow_task_code
         )
@@ -124,13 +128,49 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-def _live_model(models: Models, dtype: str, device: torch.device) -> torch.nn.Module:
+def auto_class(config: Mapping[str, Any]) -> str:
+    """Return the transformers class that builds the live model of a config.
+
+    Decided by the first of its ``architectures``. A body without a head
+    counts as the language model around it, as it does for lm-eval.
+    """
+    name = str((config.get("architectures") or [""])[0])
+    if name.endswith("ForImageClassification"):
+        return "AutoModelForImageClassification"
+    if name.endswith(("VisionModel", "VisionModelWithProjection", "CLIPModel", "ViTModel")):
+        return "AutoModel"
+    if name.endswith(("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM")):
+        return f"AutoModelFor{name.rpartition('For')[2]}"
+    if config.get("is_encoder_decoder"):
+        return "AutoModelForSeq2SeqLM"
+    if name.endswith("ForConditionalGeneration"):
+        return "AutoModelForImageTextToText"
+    return "AutoModelForCausalLM"
+
+
+def scored_class(config: Mapping[str, Any]) -> str:
+    """Return the class of a model that lm-eval can score.
+
+    Raises:
+        ModelError: it is no language model; it can be merged, not searched with lm-eval.
+    """
+    auto = auto_class(config)
+    if auto not in _SCORED:
+        name = (config.get("architectures") or ["?"])[0]
+        raise ModelError(
+            f"models.base: {name} is no language model, which lm-eval could score "
+            "(such models can be merged by recipe with `evomerge merge`, not searched)"
+        )
+    return auto
+
+
+def _live_model(models: Models, auto: str, dtype: str, device: torch.device) -> torch.nn.Module:
     """Return the base as a transformers model in evaluation mode."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = getattr(transformers, auto).from_pretrained(
             models.base.directory,
             dtype=getattr(torch, _TORCH_DTYPES[dtype]),
             trust_remote_code=False,

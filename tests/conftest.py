@@ -81,7 +81,7 @@ def llama_family(save_llama: SaveLlama) -> Callable[..., tuple[Path, list[tuple[
                 base,
                 [
                     (name, str(save_llama(name, 2 + k, tied=tied, dtype=dtype, base=base)))
-                    for k, name in enumerate(("math", "code", "chat")[:experts])
+                    for k, name in enumerate(("math", "code", "chat", "law", "bio")[:experts])
                 ],
             )
         return made[key]

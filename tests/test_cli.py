@@ -27,7 +27,10 @@ def call(
     return code, output.out, output.err
 
 
-VERBS = ("demo", "init", "check", "run", "front", "export", "status", "list", "schema", "sync")
+VERBS = (
+    "demo", "init", "check", "run", "front", "export", "merge", "bench", "status", "list", "schema",
+    "sync",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -9,15 +9,17 @@ from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from small_study import EXPERTS, finished
 
-import evomerge.export as module
+import evomerge.export as export_module
+from evomerge import atomic_directory
 from evomerge.errors import InputError, NothingUsableError, RecipeError, StorageError
-from evomerge.export import Exported, choose, export, public_source
+from evomerge.export import Exported, choose, export, public_sources
 from evomerge.model_card import hub_ids
 from evomerge.models import Models, open_models
 from evomerge.recipe import Recipe
@@ -271,10 +273,14 @@ class TestAtomic:
             export(view, choose(view), models, tmp_path / "m")
         assert left_behind(tmp_path) == []
 
-    @pytest.mark.parametrize("step", ["write_checkpoint", "_verify", "_publish"])
+    @pytest.mark.parametrize(
+        ("module", "step"),
+        [(export_module, "write_checkpoint"), (export_module, "verify_checkpoint"),
+         (atomic_directory, "publish")],
+    )  # fmt: skip
     def test_a_full_disk_leaves_nothing(
         self, tmp_path: Path, view: StudyView, models: Models,
-        monkeypatch: pytest.MonkeyPatch, step: str,
+        monkeypatch: pytest.MonkeyPatch, module: ModuleType, step: str,
     ) -> None:  # fmt: skip
         def full(*args: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")

@@ -17,8 +17,8 @@ HEAVY = {"torch", "transformers", "ray", "mlflow", "nevergrad", "pymoo", "lm_eva
 #: Low to high: a module may import modules of its own level and below.
 LEVELS = (
     ("errors",),
-    ("pareto", "layout", "strict_yaml", "checkpoint"),
-    ("recipe", "models"),
+    ("pareto", "blocks", "layout", "strict_yaml", "checkpoint", "atomic_directory"),
+    ("recipe", "model_settings", "adapter", "models"),
     ("trial", "space", "journal"),
     ("merge", "fitness", "search"),
     ("worker", "pool", "ray_pool", "interrupt", "testing", "testing_pool"),
@@ -33,11 +33,11 @@ LEVELS = (
         "presentation",
         "projection",
     ),
-    ("tracking_target", "tracking", "mergekit_yaml", "model_card", "export"),
+    ("tracking_target", "tracking", "mergekit_yaml", "model_card", "export", "one_shot"),
     ("config",),
     ("prepare", "template", "catalogue"),
-    ("take_home", "facts", "launch"),
-    ("terminal",),
+    ("take_home", "facts", "launch", "bench"),
+    ("terminal", "byte_progress"),
     ("demo_pool", "demo", "cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -74,7 +74,7 @@ def test_digest_follows_the_map() -> None:
 
 def test_baselines_are_points_of_the_space_where_the_method_allows() -> None:
     def anchor(weights: tuple[float, ...]) -> dict[str, float] | None:
-        values = METHODS["task_arithmetic"].anchor(weights)
+        values = METHODS["task_arithmetic"].anchor(weights, {})
         assert values is not None
         return dict(zip(("weight.math", "weight.code"), values["weight"], strict=True))
 

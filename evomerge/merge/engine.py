@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from evomerge.errors import ModelError, RecipeError
+from evomerge.errors import RecipeError
+from evomerge.merge.binding import TORCH_DTYPES, Binding, bind
 from evomerge.merge.merger import Merger
 from evomerge.merge.plan import Plan
 from evomerge.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
-
-    from evomerge.layout import Slot
 
 
 class Engine:
@@ -30,13 +29,15 @@ class Engine:
         model: of the base's architecture; its parameters are overwritten.
 
     Raises:
-        ModelError: the model has parameters that the checkpoint does not name.
+        ModelError: slots and parameters of the model do not cover each other.
     """
 
     def __init__(self, merger: Merger, model: torch.nn.Module) -> None:
         self._merger = merger
-        self._targets = _targets(merger.layout.slots, model)
-        self._dtype = _dtype_name(self._targets[0])
+        self._binding = bind(merger.layout.slots, model)
+        self._dtype = self._binding.dtype
+        sizes = [slot.size for slot in merger.layout.slots]
+        self._targets = [_target(self._binding, n, size) for n, size in enumerate(sizes)]
         self._on_cpu = self._targets[0].device.type == "cpu"
         self._last: tuple[str, Plan] | None = None
         if self._on_cpu:
@@ -69,39 +70,46 @@ class Engine:
 
             cut = self._merger.partition(recipe.partition)
             device.merge(plan, cut, self._sources, self._targets, spans)
+        self._place(recipe.partition, spans)
         self._last = (recipe.partition, plan)
         return int(spans.sum())
 
+    def require_base(self) -> None:
+        """Compare the live model with the base's weights, before anything is applied.
 
-def _targets(slots: tuple[Slot, ...], model: torch.nn.Module) -> list[torch.Tensor]:
-    """Return the flat live tensor of every slot; every parameter of the model is covered."""
-    state = model.state_dict(keep_vars=True)
-    names = {slot.name for slot in slots} | {alias for slot in slots for alias in slot.aliases}
-    missing = sorted(slot.name for slot in slots if slot.name not in state)
-    uncovered = sorted(name for name, _ in model.named_parameters() if name not in names)
-    if missing or uncovered:
-        example = (missing or uncovered)[0]
-        raise ModelError(
-            f"{type(model).__name__} names its tensors differently in memory and on disk "
-            f"(e.g. {example}); this architecture is not supported yet"
-        )
-    targets = []
-    for slot in slots:
-        tensor = state[slot.name].detach()
-        if tuple(tensor.shape) != slot.shape or not tensor.is_contiguous():
-            raise ModelError(f"{slot.name}: the live tensor is not laid out as on disk")
-        for alias in slot.aliases:
-            if alias in state and state[alias].data_ptr() != tensor.data_ptr():
-                raise ModelError(
-                    f"{alias} should be tied to {slot.name}, but is a tensor of its own"
-                )
-        targets.append(tensor.view(-1))
-    return targets
+        Raises:
+            ModelError: they differ, so slots would be written into wrong places.
+        """
+        self._binding.require_base(self._merger.layout.slots, self._merger.sources)
+
+    def _place(self, partition: str, spans: npt.NDArray[np.bool_]) -> None:
+        """Copy what was merged beside the model into its strided or wider live places."""
+        cut = self._merger.partition(partition)
+        touched = dict.fromkeys(cut.spans[number].slot for number in np.flatnonzero(spans))
+        for slot in touched:
+            if self._binding.direct(slot) is not None:
+                continue
+            shape = self._merger.layout.slots[slot].shape
+            merged = self._targets[slot].view(shape)
+            for piece in self._binding.pieces[slot]:
+                piece.view.copy_(merged[piece.start : piece.stop] if shape else merged)
 
 
-def _dtype_name(tensor: torch.Tensor) -> str:
-    names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
-    return names[str(tensor.dtype)]
+def _target(binding: Binding, slot: int, size: int) -> torch.Tensor:
+    """Return the flat tensor that a slot is merged into: the live one, or one beside it.
+
+    What cannot be written in place costs its size once more; no architecture of today needs
+    it for more than a few tensors. A slot without a live place is merged beside the model too:
+    it is in the exported file, and tensors like it are tiny.
+    """
+    import torch
+
+    direct = binding.direct(slot)
+    if direct is not None:
+        return direct
+    dtype = getattr(torch, TORCH_DTYPES[binding.dtype])
+    device = next(piece.view.device for parts in binding.pieces for piece in parts)
+    return torch.empty(size, dtype=dtype, device=device)
 
 
 def _bits(tensor: torch.Tensor) -> npt.NDArray[np.generic]:

@@ -1,10 +1,9 @@
-"""The CPU kernels: one pass over memory, compiled by numba.
+"""The tiled CPU kernels: any number of experts, mixed dtypes, every rule; compiled by numba.
 
-Plain torch was measured at 6-19 % of the memory bound for bfloat16 with fp32 accumulation,
-because every step is a pass of its own; here a tile stays in the first-level cache from the
-first read to the one rounding. Arithmetic is IEEE float32, multiply and add rounded separately
-(numba does not contract them without ``fastmath``), in the order of the experts, so the result
-does not depend on tiling or threads and equals the NumPy twin bit for bit.
+A tile stays in the first-level cache from the first read to the one rounding. Arithmetic is IEEE
+float32, multiply and add rounded separately (numba does not contract them without ``fastmath``),
+in the order of the experts, so the result does not depend on tiling or threads and equals the
+NumPy twin bit for bit. ``fused`` is faster and gives the same bits where it applies.
 
 Arrays reach the kernels as addresses because the number of experts and their dtypes are data,
 not types: one compiled function serves all studies.
@@ -17,26 +16,13 @@ from __future__ import annotations
 
 import numba
 import numpy as np
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-TILE = 2048  # elements; (K + 3) float32 tiles stay within a 32-48 KiB first-level cache
+from evomerge.merge.bits import bf16_of, bits_of, draw, float_of, jit, offset_of, pointer
+
+TILE = 2048  # elements; (K + 4) float32 tiles stay within the second-level cache
 
 #: Codes of the dtypes in the kernels' tables.
 CODES = {"F32": 0, "BF16": 1, "F16": 2}
-
-_jit = numba.njit(nogil=True, cache=True, error_model="numpy", inline="never")
-
-
-@intrinsic
-def _pointer(typingctx, address):
-    """Turn an integer address into a pointer."""
-
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), codegen
 
 
 def _half_table() -> np.ndarray:
@@ -47,49 +33,40 @@ def _half_table() -> np.ndarray:
 HALF = _half_table()
 
 
-@_jit
+@jit
 def _load(address, code, start, count, half, out, out_bits):
     """Decode ``count`` elements into the float32 tile ``out`` (``out_bits`` is its bit view)."""
     if code == 0:
-        source = numba.carray(_pointer(address + 4 * start), count, np.float32)
+        source = numba.carray(pointer(address + 4 * start), count, np.float32)
         for i in range(count):
             out[i] = source[i]
     elif code == 1:
-        source2 = numba.carray(_pointer(address + 2 * start), count, np.uint16)
+        source2 = numba.carray(pointer(address + 2 * start), count, np.uint16)
         for i in range(count):
             out_bits[i] = np.uint32(source2[i]) << np.uint32(16)
     else:
-        source3 = numba.carray(_pointer(address + 2 * start), count, np.uint16)
+        source3 = numba.carray(pointer(address + 2 * start), count, np.uint16)
         for i in range(count):
             out[i] = half[source3[i]]
 
 
-@_jit
-def _bf16(bits):
-    """Round float32 bits to bfloat16 bits, to nearest even; NaN stays a quiet NaN."""
-    if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
-        return np.uint16(0x7FC0)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
-
-
-@_jit
+@jit
 def _store(address, code, start, count, tile, bits):
     """Round the tile once to the output dtype and write it; destroys the tile for float16."""
     if code == 0:
-        target = numba.carray(_pointer(address + 4 * start), count, np.float32)
+        target = numba.carray(pointer(address + 4 * start), count, np.float32)
         for i in range(count):
             target[i] = tile[i]
     elif code == 1:
-        target2 = numba.carray(_pointer(address + 2 * start), count, np.uint16)
+        target2 = numba.carray(pointer(address + 2 * start), count, np.uint16)
         for i in range(count):
-            target2[i] = _bf16(bits[i])
+            target2[i] = bf16_of(tile[i])
     else:
-        target3 = numba.carray(_pointer(address + 2 * start), count, np.uint16)
+        target3 = numba.carray(pointer(address + 2 * start), count, np.uint16)
         _store_half(target3, count, tile, bits)
 
 
-@_jit
+@jit
 def _store_half(target, count, tile, bits):
     """Round float32 to float16, to nearest even, subnormals and overflow included."""
     for i in range(count):
@@ -107,54 +84,19 @@ def _store_half(target, count, tile, bits):
         target[i] = sign | value
 
 
-@_jit
-def mix(value):
-    """Finalize 32 bits so that every input bit reaches every output bit (Appleby's fmix32).
-
-    numba widens uint32 products and sums to 64 bits, so every step is cut back by hand.
-    """
-    value = np.uint32(value ^ (value >> np.uint32(16)))
-    value = np.uint32(value * np.uint32(0x85EBCA6B))
-    value = np.uint32(value ^ (value >> np.uint32(13)))
-    value = np.uint32(value * np.uint32(0xC2B2AE35))
-    return np.uint32(value ^ (value >> np.uint32(16)))
-
-
-@_jit
-def counter_hash(key, index):
-    """Return 32 uniform bits of (key, 64-bit canonical element index)."""
-    low = np.uint32(index & np.int64(0xFFFFFFFF))
-    high = np.uint32(index >> np.int64(32))
-    return mix(np.uint32(mix(np.uint32(low ^ key)) ^ np.uint32(high + np.uint32(0x9E3779B9))))
-
-
-@_jit
-def _scaled(total, origin, scale, count):
-    """Set ``total`` to scale·origin."""
-    for i in range(count):
-        total[i] = scale * origin[i]
-
-
-@_jit
-def _add_delta(total, other, origin, weight, count):
-    """Add weight·(other - origin) to ``total``; two roundings after the difference's."""
-    for i in range(count):
-        total[i] = total[i] + weight * (other[i] - origin[i])
-
-
-@_jit
-def merge_linear(work, out, out_code, base, base_code, experts, codes, c0, c, half):
-    """Apply a linear plan to a list of tiles.
+@jit
+def run_linear(work, out, out_code, base, base_code, experts, codes, c0, c, half):
+    """Apply a linear plan to pieces of work.
 
     Args:
-        work: (span, first element, number of elements) [N, 3]; elements count from the
+        work: (span, slot, first element, number of elements) [N, 4]; elements count from the
             beginning of the slot's data, as the addresses do.
-        out: addresses of the outputs [S].
-        out_code: dtype code of the outputs [S].
-        base: addresses of the base [S].
-        base_code: dtype codes [S].
-        experts: addresses [S, K].
-        codes: dtype codes [S, K].
+        out: address of each slot's output [slots].
+        out_code: dtype code of all outputs.
+        base: addresses of the base [slots].
+        base_code: dtype codes [slots].
+        experts: addresses [slots, K].
+        codes: dtype codes [slots, K].
         c0: base coefficients [S].
         c: expert coefficients [S, K].
         half: ``HALF``.
@@ -165,150 +107,208 @@ def merge_linear(work, out, out_code, base, base_code, experts, codes, c0, c, ha
     origin_bits, other_bits = origin.view(np.uint32), other.view(np.uint32)
     total_bits = total.view(np.uint32)
     for n in range(len(work)):
-        span, first, left = work[n, 0], work[n, 1], work[n, 2]
+        span, slot, first, left = work[n, 0], work[n, 1], work[n, 2], work[n, 3]
         while left > 0:
             count = min(left, TILE)
-            _load(base[span], base_code[span], first, count, half, origin, origin_bits)
+            _load(base[slot], base_code[slot], first, count, half, origin, origin_bits)
             _scaled(total, origin, c0[span], count)
             for k in range(experts.shape[1]):
                 weight = c[span, k]
                 if weight != np.float32(0.0):
-                    _load(experts[span, k], codes[span, k], first, count, half, other, other_bits)
+                    _load(experts[slot, k], codes[slot, k], first, count, half, other, other_bits)
                     _add_delta(total, other, origin, weight, count)
-            _store(out[span], out_code[span], first, count, total, total_bits)
+            _store(out[slot], out_code, first, count, total, total_bits)
             first += count
             left -= count
 
 
-@_jit
-def _subtract(delta, origin, count):
-    """Turn weights into deltas."""
+@jit
+def _scaled(total, origin, scale, count):
+    """Set ``total`` to scale·origin."""
     for i in range(count):
-        delta[i] = delta[i] - origin[i]
+        total[i] = scale * origin[i]
 
 
-@_jit
-def _trim_below(bits, cut, count):
-    """Zero every value whose magnitude key is below ``cut``."""
-    limit = np.uint32(cut) << np.uint32(16)
+@jit
+def _add_delta(total, other, origin, weight, count):
+    """Add weight·(other - origin) to ``total``; two roundings after the difference's."""
     for i in range(count):
-        magnitude = bits[i] & np.uint32(0x7FFFFFFF)
-        bits[i] = bits[i] if magnitude >= limit else np.uint32(0)
+        total[i] = total[i] + weight * (other[i] - origin[i])
 
 
-@_jit
-def _draw_edge(bits, cut, part, key, index, count):
-    """Keep a hashed share of the values whose key is ``cut``."""
+@jit
+def _select(bits, low, high, at_low, at_high, inside, key, index, count):
+    """Zero what does not stay; see ``plan.Select``."""
+    factor = np.uint32(key | np.uint32(1))
     for i in range(count):
-        if (bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(16) == cut and np.int64(
-            counter_hash(key, index + i)
-        ) >= part:
-            bits[i] = np.uint32(0)
+        position = index + i
+        mine = (bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(16)
+        limit = at_high if mine == high else inside
+        limit = at_low if mine == low else limit
+        x = np.uint32(position & np.int64(0xFFFFFFFF))
+        hashed = draw(x, factor, offset_of(key, position))
+        stays = (mine >= low) & (mine <= high) & (hashed <= limit)
+        bits[i] = bits[i] if stays else np.uint32(0)
 
 
-@_jit
-def _vote(vote, delta, weight, elect, count):
-    """Add one expert's ballots; see ``Elect``."""
-    if elect == 1:
-        for i in range(count):
-            vote[i] = vote[i] + weight * delta[i]
-    elif elect == 2:
-        for i in range(count):
-            vote[i] = vote[i] + delta[i]
-    else:
-        for i in range(count):
-            ballot = weight * delta[i]
-            up = np.float32(1.0) if ballot > np.float32(0.0) else np.float32(0.0)
-            down = np.float32(1.0) if ballot < np.float32(0.0) else np.float32(0.0)
-            vote[i] = vote[i] + (up - down)
+@jit
+def _curve(bits, first, start, length, passing, gain, key, index, count):
+    """Keep and scale by the curve of the element's magnitude; see ``plan.Curves``."""
+    factor = np.uint32(key | np.uint32(1))
+    for i in range(count):
+        position = index + i
+        mine = np.int64((bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(16))
+        at = start + min(max(mine - first, 0), length - 1)
+        x = np.uint32(position & np.int64(0xFFFFFFFF))
+        stays = draw(x, factor, offset_of(key, position)) <= passing[at]
+        value = float_of(bits[i]) * gain[at]
+        bits[i] = bits_of(value) if stays else np.uint32(0)
 
 
-@_jit
-def _combine(total, divisor, vote, delta, weight, elect, share, count):
+@jit
+def _vote(vote, delta, weight, count_signs, count):
+    """Add one expert's ballots."""
+    zero, one = np.float32(0.0), np.float32(1.0)
+    for i in range(count):
+        ballot = weight * delta[i]
+        if count_signs:
+            ballot = (one if ballot > zero else zero) - (one if ballot < zero else zero)
+        vote[i] = vote[i] + ballot
+
+
+@jit
+def _combine(total, divisor, vote, delta, weight, ballot_weight, share, summing, count):
     """Add one expert's deltas where they agree with the vote, and its share of the divisor."""
-    sign = np.float32(1.0)
-    if elect != 2 and weight < np.float32(0.0):
-        sign = np.float32(-1.0)
     zero = np.float32(0.0)
     for i in range(count):
-        ballot = sign * delta[i]
-        agrees = (ballot > zero and vote[i] >= zero) or (ballot < zero and vote[i] < zero)
+        ballot = ballot_weight * delta[i]
+        agrees = ((ballot != zero) & ((ballot > zero) == (vote[i] >= zero))) | summing
         total[i] = total[i] + (weight * delta[i] if agrees else zero)
         divisor[i] = divisor[i] + (share if agrees else zero)
 
 
-@_jit
-def _finish(total, divisor, vote, origin, scale, divide, plus, count):
+@jit
+def _finish(total, divisor, vote, origin, scale, plus, count):
     """Turn elected sums into weights."""
     zero, one = np.float32(0.0), np.float32(1.0)
-    if divide:
-        for i in range(count):
-            total[i] = total[i] / (divisor[i] if divisor[i] != zero else one)
-    if not plus:
-        for i in range(count):
-            total[i] = total[i] if vote[i] != zero else zero
     for i in range(count):
-        total[i] = origin[i] + scale * total[i]
+        change = total[i] / (divisor[i] if divisor[i] != zero else one)
+        change = change if (vote[i] != zero) | plus else zero
+        total[i] = origin[i] + scale * change
 
 
-@_jit
-def merge_elected(
-    work, out, out_code, base, base_code, experts, codes, c, scale,
-    edge, share, keys, canonical, elect, divisor, plus, half,
+@jit
+def _nearswap(total, deltas, t, count):
+    """Move to the expert by clip(t/|δ|, 0, 1); differences below 1e-6 count as 1e-6."""
+    for i in range(count):
+        size = max(np.abs(deltas[0, i]), np.float32(1e-6))
+        total[i] = min(t / size, np.float32(1.0)) * deltas[0, i]
+
+
+@jit
+def _ram(total, deltas, c, epsilon, count):
+    """Average the weighted deltas of the experts that changed the element."""
+    zero = np.float32(0.0)
+    for i in range(count):
+        summed, changed = zero, zero
+        for k in range(len(c)):
+            if c[k] != zero and np.abs(deltas[k, i]) > epsilon:
+                summed = summed + c[k] * deltas[k, i]
+                changed = changed + np.float32(1.0)
+        total[i] = summed / max(changed, np.float32(1.0))
+
+
+@jit
+def _consensus(total, deltas, c, thresholds, votes, count):
+    """Keep Σ c·δ where enough experts' masks claim the element (TALL masks)."""
+    zero = np.float32(0.0)
+    for i in range(count):
+        merged, claims = zero, zero
+        for k in range(len(c)):
+            if c[k] != zero:
+                merged = merged + c[k] * deltas[k, i]
+        for k in range(len(c)):
+            if c[k] != zero:
+                delta = deltas[k, i]
+                if np.abs(delta) > thresholds[k] * np.abs(merged - delta):
+                    claims = claims + np.float32(1.0)
+        total[i] = merged if claims >= votes else zero
+
+
+@jit
+def run_rule(
+    work, out, out_code, base, base_code, experts, codes, c, ballots, shares, low, high, at_low,
+    at_high, inside, first_key, start_key, length, passing, gain, curved, keys, canonical, scale,
+    local, rule, count_signs, plus, half,
 ):  # fmt: skip
-    """Apply an elected plan (TIES family) to a list of tiles.
+    """Apply any plan but a linear one to pieces of work.
 
-    Args as in ``merge_linear``, and:
-        scale: lambda [S].
-        edge: magnitude key at the cut [S, K].
-        share: share of the edge bin kept, times 2^32 [S, K].
-        keys: hash key of each expert [K].
-        canonical: canonical index of the first element of each span's slot [S].
-        elect: an ``Elect`` other than NONE.
-        divisor: a ``Divisor``.
-        plus: a drawn election counts as positive, else the element keeps the base.
+    Args as in ``run_linear`` and ``fused.run_select``, and:
+        first_key, start_key, length, passing, gain: see ``plan.Curves``; used where ``curved``.
+        local: see ``plan.Plan`` [S].
+        rule: a ``plan.Rule`` but LINEAR.
+        count_signs: ballots count only by their sign.
     """
     experts_count = experts.shape[1]
     origin = np.empty(TILE, np.float32)
     total = np.empty(TILE, np.float32)
     vote = np.empty(TILE, np.float32)
     sums = np.empty(TILE, np.float32)
-    deltas = np.empty((experts_count, TILE), np.float32)
+    deltas = np.zeros((experts_count, TILE), np.float32)
     origin_bits, total_bits = origin.view(np.uint32), total.view(np.uint32)
-    one = np.float32(1.0)
+    summing = rule == 1
     for n in range(len(work)):
-        span, first, left = work[n, 0], work[n, 1], work[n, 2]
+        span, slot, first, left = work[n, 0], work[n, 1], work[n, 2], work[n, 3]
         while left > 0:
             count = min(left, TILE)
-            _load(base[span], base_code[span], first, count, half, origin, origin_bits)
+            _load(base[slot], base_code[slot], first, count, half, origin, origin_bits)
+            index = canonical[slot] + first
             vote[:], total[:], sums[:] = 0.0, 0.0, 0.0
+            active = 0
             for k in range(experts_count):
-                weight = c[span, k]
-                if weight == np.float32(0.0):
+                if c[span, k] == np.float32(0.0):
                     continue
+                active += 1
                 delta = deltas[k]
                 bits = delta.view(np.uint32)
-                _load(experts[span, k], codes[span, k], first, count, half, delta, bits)
-                _subtract(delta, origin, count)
-                cut, part = edge[span, k], share[span, k]
-                if cut > 0:
-                    _trim_below(bits, cut, count)
-                if part < np.int64(1) << np.int64(32):
-                    index = canonical[span] + first
-                    _draw_edge(bits, cut, part, keys[k], index, count)
-                _vote(vote, delta, weight, elect, count)
-            for k in range(experts_count):
-                weight = c[span, k]
-                if weight != np.float32(0.0):
-                    part_of = weight if divisor == 1 else one
-                    _combine(total, sums, vote, deltas[k], weight, elect, part_of, count)
-            _finish(total, sums, vote, origin, scale[span], divisor != 0, plus, count)
-            _store(out[span], out_code[span], first, count, total, total_bits)
+                _load(experts[slot, k], codes[slot, k], first, count, half, delta, bits)
+                for i in range(count):
+                    delta[i] = delta[i] - origin[i]
+                if curved:
+                    _curve(
+                        bits, first_key[span, k], start_key[span, k], length[span, k], passing,
+                        gain, keys[k], index, count,
+                    )  # fmt: skip
+                else:
+                    _select(
+                        bits, low[span, k], high[span, k], at_low[span, k], at_high[span, k],
+                        inside[span, k], keys[k], index, count,
+                    )  # fmt: skip
+                if rule <= 2:
+                    _vote(vote, delta, ballots[span, k], count_signs, count)
+            if active == 0:
+                _store(out[slot], out_code, first, count, origin, origin_bits)
+            else:
+                if rule == 3:
+                    _nearswap(total, deltas, local[span], count)
+                elif rule == 4:
+                    _ram(total, deltas, c[span], local[span], count)
+                elif rule == 5:
+                    _consensus(total, deltas, c[span], shares[span], local[span], count)
+                else:
+                    for k in range(experts_count):
+                        if c[span, k] != np.float32(0.0):
+                            _combine(
+                                total, sums, vote, deltas[k], c[span, k], ballots[span, k],
+                                shares[span, k], summing, count,
+                            )  # fmt: skip
+                _finish(total, sums, vote, origin, scale[span], plus or rule > 2, count)
+                _store(out[slot], out_code, first, count, total, total_bits)
             first += count
             left -= count
 
 
-@_jit
+@jit
 def count_keys(base, base_code, expert, code, size, half, histogram):
     """Add the magnitude keys of one tensor's delta to ``histogram`` [KEYS, int64]."""
     origin = np.empty(TILE, np.float32)
@@ -326,7 +326,7 @@ def count_keys(base, base_code, expert, code, size, half, histogram):
         first += count
 
 
-@_jit
+@jit
 def count_not_finite(address, code, size, half):
     """Return how many elements are NaN or infinite."""
     tile = np.empty(TILE, np.float32)

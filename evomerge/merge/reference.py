@@ -1,8 +1,8 @@
 """The NumPy twin: every method again, slowly and for reading.
 
-It shares with the engine only the sources and, for the methods on Gram matrices, those
-matrices. Masks, thresholds and elections are computed from whole arrays and full sorts. On the
-CPU the engine must equal it bit for bit.
+It shares with the engine the sources, the declared defaults and, for the methods on Gram matrices,
+those matrices. Masks, thresholds and elections are computed from whole arrays and full sorts. On
+the CPU the engine must equal it bit for bit.
 """
 
 from __future__ import annotations
@@ -12,61 +12,112 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from evomerge.layout import partition
-from evomerge.merge.methods.geometry import slerp_coefficients
+from evomerge.layout import Span, partition
+from evomerge.merge.methods import METHODS, Scope
+from evomerge.merge.methods.curves import BANDS, key_values
 from evomerge.merge.sources import Sources, to_float32
-from evomerge.merge.stats import Stats, cosine
+from evomerge.merge.stats import Stats
 from evomerge.recipe import Recipe
 
 F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+WHOLE = 2**32
+ZERO = np.float32(0)
+
+
+class Row:
+    """The parameters of one block and the options, with the declared defaults."""
+
+    def __init__(self, recipe: Recipe, block: int) -> None:
+        method = METHODS[recipe.method]
+        self.names = [expert.name for expert in recipe.experts]
+        self.seed = recipe.seed
+        self._values = dict(zip(recipe.columns, recipe.table[block], strict=True))
+        self._defaults = {parameter.name: parameter.default for parameter in method.parameters}
+        self.options = {item.name: item.default for item in method.options}
+        self.options |= {name: value for name, value in recipe.options if name in self.options}  # type: ignore[misc]
+
+    def shared(self, name: str) -> float:
+        """Return a parameter of the block."""
+        value = self._values.get(name, self._defaults[name])
+        assert value is not None
+        return value
+
+    def each(self, name: str) -> list[float]:
+        """Return a parameter of every expert [K]."""
+        default = self._defaults[name]
+        values = [self._values.get(f"{name}.{expert}", default) for expert in self.names]
+        return [value for value in values if value is not None]
 
 
 def merge_slot(recipe: Recipe, sources: Sources, slot: int) -> npt.NDArray[Any]:
     """Return the merged bits of one slot, flat, in the recipe's dtype.
 
     Args:
-        recipe: with a partition whose spans are whole slots.
+        recipe: of any method that is not geometric but ``slerp``.
         sources: base and experts.
         slot: index in the layout.
     """
     cut = partition(sources.layout, recipe.partition)
-    (span,) = [span for span in cut.spans if span.slot == slot]
-    row = dict(zip(recipe.columns, recipe.table[span.block], strict=True))
-    base = to_float32(*sources.base(slot))
-    experts = [to_float32(*sources.expert(slot, k)) for k in range(sources.experts)]
-    names = [expert.name for expert in recipe.experts]
-    options = dict(recipe.options)
-    if recipe.method == "ties":
-        merged = _ties(recipe, base, experts, row, names, options, sources.layout.offsets[slot])
-    else:
-        gram = Stats(sources).gram(span) if recipe.method == "slerp" else None
-        c0, c = _coefficients(recipe.method, row, names, options, gram)
-        merged = _weighted_sum(base, experts, c0, c)
+    record = sources.layout.slots[slot]
+    width = record.size // max(record.rows, 1)
+    merged = np.empty(record.size, np.float32)
+    for span in cut.spans:
+        if span.slot == slot:
+            part = slice(span.start * width, span.stop * width)
+            merged[part] = _merge_span(recipe, sources, span)[part]
     return round_to(merged, recipe.dtype)
 
 
-def _coefficients(
-    method: str,
-    row: dict[str, float],
-    names: list[str],
-    options: dict[str, Any],
-    gram: npt.NDArray[np.float64] | None,
-) -> tuple[float, list[float]]:
-    """Return c0 and c of a linear method in float64."""
-    if gram is not None:
-        pair = (0, 1) if len(names) == 1 else (1, 2)
-        a, b = slerp_coefficients(cosine(gram, pair), row["t"])
-        return a + b, [b] if len(names) == 1 else [a, b]
-    weights = np.asarray([row[f"weight.{name}"] for name in names])
-    normalize = options.get("normalize", method == "linear")
+def _merge_span(recipe: Recipe, sources: Sources, span: Span) -> F32:
+    """Return the whole slot merged with the numbers of one span's block."""
+    row = Row(recipe, span.block)
+    base = to_float32(*sources.base(span.slot))
+    experts = [to_float32(*sources.expert(span.slot, k)) for k in range(sources.experts)]
+    if recipe.method in LINEAR_FAMILY:
+        c0, c = _linear(recipe.method, row)
+        return weighted_sum(base, experts, c0, c)
+    if METHODS[recipe.method].parameters[0].scope is Scope.BLOCK and recipe.method == "slerp":
+        whole = Span(span.slot, 0, sources.layout.slots[span.slot].rows, span.block)
+        return _slerp(base, experts, Stats(sources).gram(whole), row.shared("t"))
+    deltas = [expert - base for expert in experts]
+    offset = sources.layout.offsets[span.slot]
+    if recipe.method == "nearswap":
+        size = np.maximum(np.abs(deltas[0]), np.float32(1e-6))
+        t = np.float32(row.shared("t"))
+        moved: F32 = base + np.minimum(t / size, np.float32(1)) * deltas[0]
+        return moved
+    weights = [np.float32(weight) for weight in row.each("weight")]
+    if not any(weights):
+        return base
+    if recipe.method == "ram":
+        return base + np.float32(row.shared("lambda")) * _ram(deltas, weights, row)
+    if recipe.method == "consensus":
+        return base + np.float32(row.shared("lambda")) * _consensus(deltas, weights, row)
+    chosen = [SELECT[recipe.method](delta, row, k, offset) for k, delta in enumerate(deltas)]
+    kept, gains = [pair[0] for pair in chosen], [pair[1] for pair in chosen]
+    if recipe.method in ELECTED:
+        return base + np.float32(row.shared("lambda")) * _elected(kept, gains, row)
+    return base + _summed(kept, gains, row)
+
+
+# -- linear ------------------------------------------------------------------------------------
+
+LINEAR_FAMILY = ("linear", "task_arithmetic")
+
+
+def _linear(method: str, row: Row) -> tuple[float, list[float]]:
+    """Return c0 and c in float64."""
+    weights = np.asarray(row.each("weight"))
+    normalize = row.options["normalize"]
     if normalize:
         weights = weights / weights.sum()
     if method == "linear":
         return (1.0 if normalize else float(weights.sum())), weights.tolist()
-    return 1.0, (weights * row.get("lambda", 1.0)).tolist()
+    return 1.0, (weights * row.shared("lambda")).tolist()
 
 
-def _weighted_sum(base: F32, experts: list[F32], c0: float, c: list[float]) -> F32:
+def weighted_sum(base: F32, experts: list[F32], c0: float, c: list[float]) -> F32:
     """Return c0·W0 + Σ c_k·(W_k - W0), float32 throughout, experts in order."""
     total: F32 = np.float32(c0) * base
     for weight, expert in zip(c, experts, strict=True):
@@ -75,69 +126,196 @@ def _weighted_sum(base: F32, experts: list[F32], c0: float, c: list[float]) -> F
     return total
 
 
-def _ties(
-    recipe: Recipe,
-    base: F32,
-    experts: list[F32],
-    row: dict[str, float],
-    names: list[str],
-    options: dict[str, Any],
-    offset: int,
-) -> F32:
-    """Return W0 + λ·elected sum (Yadav et al. 2023, section 4)."""
-    weights = [np.float32(row.get(f"weight.{name}", 1.0)) for name in names]
-    rule = options.get("elect", "weighted")
-    zero = np.zeros_like(base)
-    values, ballots = [], []
-    for k, expert in enumerate(experts):
-        density = row.get(f"density.{names[k]}", 1.0)
-        delta = _trim(expert - base, density, options.get("edge"), recipe.seed, k, offset)
-        active = weights[k] != 0
-        values.append(weights[k] * delta if active else zero)
-        ballots.append((delta if rule == "unweighted" else values[-1]) if active else zero)
+def _slerp(base: F32, experts: list[F32], gram: F64, t: float) -> F32:
+    """Return the point at t on the arc (Shoemake 1985), coefficients from the Gram matrix."""
+    i, j = (0, 1) if len(experts) == 1 else (1, 2)
+    cos = float(gram[i, j] / np.sqrt(gram[i, i] * gram[j, j])) if gram[i, i] * gram[j, j] else 1.0
+    a, b = 1.0 - t, t
+    if abs(cos) <= 0.9995:
+        angle = np.arccos(cos)
+        a, b = np.sin((1 - t) * angle) / np.sin(angle), np.sin(t * angle) / np.sin(angle)
+    return weighted_sum(base, experts, a + b, [b] if len(experts) == 1 else [a, b])
+
+
+# -- which elements stay: the kept deltas and the factor that belongs to the weight -------------
+
+
+def magnitude_keys(delta: F32) -> npt.NDArray[np.int64]:
+    """Return the upper 15 bits of |delta|: its magnitude to 7 mantissa bits."""
+    return ((delta.view(np.uint32) & np.uint32(0x7FFFFFFF)) >> np.uint32(16)).astype(np.int64)
+
+
+def cut(keys: npt.NDArray[np.int64], fraction: float) -> tuple[int, int]:
+    """Return the key at which the largest ``fraction`` ends, and the share of it, times 2^32."""
+    wanted = int(fraction * keys.size)
+    if wanted == 0:
+        return 2**15, 0
+    edge = int(np.sort(keys)[keys.size - wanted])
+    missing = wanted - int((keys > edge).sum())
+    return edge, missing * WHOLE // int((keys == edge).sum())
+
+
+def _trimmed(delta: F32, row: Row, k: int, offset: int) -> tuple[F32, float]:
+    """Keep the int(d·n) largest magnitudes; equal ones at the cut by the hash, or all."""
+    keys = magnitude_keys(delta)
+    edge, share = cut(keys, row.each("density")[k])
+    share = WHOLE if row.options.get("edge") == "all" and share else share
+    lucky = counter_hash(row.seed, k, offset + np.arange(delta.size)) < share
+    return np.where((keys > edge) | ((keys == edge) & lucky), delta, ZERO), 1.0
+
+
+def _breadcrumbs(delta: F32, row: Row, k: int, offset: int) -> tuple[F32, float]:
+    """Drop the largest γ, then keep the d largest of the rest."""
+    keys = magnitude_keys(delta)
+    density, gamma = row.each("density")[k], row.each("gamma")[k]
+    high, away = cut(keys, gamma)
+    low, share = cut(keys, min(density + gamma, 1.0))
+    if density == 0 or share == 0:
+        return np.zeros_like(delta), 1.0
+    if high == low and away:
+        share = max(share - away, 1)
+    hashed = counter_hash(row.seed, k, offset + np.arange(delta.size))
+    keep = (keys > low) | ((keys == low) & (hashed < share))
+    if gamma > 0 and away:
+        below = keys < high
+        at = (keys == high) & ((hashed < max(WHOLE - away, 1)) | (high == low))
+        keep &= below | at
+    return np.where(keep, delta, ZERO), 1.0
+
+
+def _dare(delta: F32, row: Row, k: int, offset: int) -> tuple[F32, float]:
+    """Keep each element with probability d; what stays is divided by d."""
+    density = row.each("density")[k]
+    lucky = counter_hash(row.seed, k, offset + np.arange(delta.size)) < int(density * WHOLE)
+    gain = 1.0 / density if row.options["rescale"] and density > 0 else 1.0
+    return np.where(lucky, delta, ZERO), gain
+
+
+def _della(delta: F32, row: Row, k: int, offset: int) -> tuple[F32, float]:
+    """Keep with a probability that rises with the rank of the magnitude."""
+    keys = magnitude_keys(delta)
+    density = row.each("density")[k]
+    epsilon = min(row.each("epsilon")[k], density, 1.0 - density)
+    unique, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    rank = np.cumsum(counts) - (counts + 1) / 2.0
+    keep = np.clip((density - epsilon) + 2 * epsilon * rank / max(keys.size - 1, 1), 0.0, 1.0)
+    gain = np.ones_like(keep)
+    if row.options["rescale"] == "inverse":
+        gain = np.where(keep > 0, 1.0 / np.where(keep > 0, keep, 1.0), 1.0)
+    elif row.options["rescale"] == "l1":
+        first = int(unique[0])
+        values = key_values(first, int(unique[-1]) - first + 1)[unique - first]
+        left = float((counts * values * keep).sum())
+        gain[:] = float((counts * values).sum()) / left if left > 0 else 1.0
+    hashed = counter_hash(row.seed, k, offset + np.arange(delta.size))
+    stays = hashed < np.floor(keep * WHOLE)[inverse]
+    return np.where(stays, delta * gain.astype(np.float32)[inverse], ZERO), 1.0
+
+
+def _bands(delta: F32, row: Row, k: int, offset: int) -> tuple[F32, float]:
+    """Scale by the gain of the band that the magnitude's rank lies in."""
+    keys = magnitude_keys(delta)
+    gains = np.asarray([row.each(f"gain{band}")[k] for band in range(len(BANDS) + 1)])
+    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    upper = np.cumsum(counts) / float(keys.size)
+    lower = upper - counts / float(keys.size)
+    edges = np.asarray((0.0, *BANDS, 1.0))
+    inside = np.minimum(upper[:, None], edges[1:]) - np.maximum(lower[:, None], edges[:-1])
+    inside = np.maximum(inside, 0.0)
+    share = inside / inside.sum(axis=1, keepdims=True)
+    return delta * (share @ gains).astype(np.float32)[inverse], 1.0
+
+
+SELECT = {
+    "ties": _trimmed, "breadcrumbs": _breadcrumbs, "breadcrumbs_ties": _breadcrumbs,
+    "dare_linear": _dare, "dare_ties": _dare, "della": _della, "della_linear": _della,
+    "rank_bands": _bands,
+}  # fmt: skip
+LOCAL = ("nearswap", "ram", "consensus")
+ELECTED = ("ties", "breadcrumbs_ties", "dare_ties", "della")
+
+
+# -- what is done with them ---------------------------------------------------------------------
+
+
+def _summed(kept: list[F32], gains: list[float], row: Row) -> F32:
+    """Return Σ c_k·x_k."""
+    weights = np.asarray(row.each("weight"))
+    if row.options.get("normalize"):
+        weights = weights / weights.sum()
+    c = (weights * np.asarray(gains) * row.shared("lambda")).astype(np.float32)
+    total = np.zeros_like(kept[0])
+    for weight, x in zip(c, kept, strict=True):
+        if weight != 0:
+            total = total + weight * x
+    return total
+
+
+def _elected(kept: list[F32], gains: list[float], row: Row) -> F32:
+    """Return the elected sum (Yadav et al. 2023, section 4)."""
+    raw = np.asarray(row.each("weight"))
+    c = (raw * np.asarray(gains)).astype(np.float32)
+    rule = row.options["elect"]
+    zero = np.zeros_like(kept[0])
+    ballots = [
+        (x if rule == "unweighted" else weight * x) if weight != 0 else zero
+        for weight, x in zip(c, kept, strict=True)
+    ]
     vote = zero
     for ballot in ballots:
         vote = vote + (np.sign(ballot) if rule == "count" else ballot)
     total, weight_sum, count = zero, zero, zero
-    for weight, value, ballot in zip(weights, values, ballots, strict=True):
+    for share, weight, x, ballot in zip(raw, c, kept, ballots, strict=True):
         agrees = (ballot != 0) & ((ballot > 0) == (vote >= 0))
-        total = total + np.where(agrees, value, np.float32(0))
-        weight_sum = weight_sum + np.where(agrees, weight, np.float32(0))
+        total = total + np.where(agrees, weight * x, ZERO)
+        weight_sum = weight_sum + np.where(agrees, np.float32(share), ZERO)
         count = count + agrees.astype(np.float32)
-    if options.get("normalize", True):
-        divisor = count if options.get("divisor") == "count" else weight_sum
-        total = np.where(divisor != 0, total / np.where(divisor != 0, divisor, 1), total)
-    if options.get("zero_sum", "drop") == "drop":
-        total = np.where(vote == 0, np.float32(0), total)
-    result: F32 = base + np.float32(row.get("lambda", 1.0)) * total
-    return result
+    if row.options["normalize"]:
+        divisor = count if row.options["divisor"] == "count" else weight_sum
+        total = total / np.where(divisor != 0, divisor, np.float32(1))
+    if row.options["zero_sum"] == "drop":
+        total = np.where(vote == 0, ZERO, total)
+    return total
 
 
-def _trim(delta: F32, density: float, edge: str | None, seed: int, k: int, offset: int) -> F32:
-    """Keep the int(density·n) largest magnitudes, as far as 7 mantissa bits tell them apart.
+def _ram(deltas: list[F32], weights: list[np.float32], row: Row) -> F32:
+    """Average the weighted deltas of the experts that changed the element."""
+    total, changed = np.zeros_like(deltas[0]), np.zeros_like(deltas[0])
+    for weight, delta in zip(weights, deltas, strict=True):
+        active = (np.abs(delta) > np.float32(row.shared("epsilon"))) & bool(weight != 0)
+        total = total + np.where(active, weight * delta, ZERO)
+        changed = changed + active.astype(np.float32)
+    mean: F32 = total / np.maximum(changed, np.float32(1))
+    return mean
 
-    Elements that share the key at the cut are kept by the counter hash, so that the kept
-    fraction is the requested one, or all of them where ``edge`` is ``all``.
-    """
-    keys = (delta.view(np.uint32) & np.uint32(0x7FFFFFFF)) >> np.uint32(16)
-    wanted = int(density * delta.size)
-    if wanted == 0:
-        return np.zeros_like(delta)
-    cut = np.sort(keys)[delta.size - wanted]
-    at_cut = keys == cut
-    share = (wanted - int((keys > cut).sum())) * 2**32 // int(at_cut.sum())
-    lucky = counter_hash(seed, k, offset + np.arange(delta.size, dtype=np.int64)) < share
-    keep = (keys > cut) | (at_cut & (np.True_ if edge == "all" else lucky))
-    return np.where(keep, delta, np.float32(0))
+
+def _consensus(deltas: list[F32], weights: list[np.float32], row: Row) -> F32:
+    """Keep τ_MT = Σ c·δ where enough masks |δ_k| > m_k·|τ_MT - δ_k| claim the element."""
+    merged = np.zeros_like(deltas[0])
+    for weight, delta in zip(weights, deltas, strict=True):
+        if weight != 0:
+            merged = merged + weight * delta
+    claims = np.zeros_like(merged)
+    for weight, delta, mask in zip(weights, deltas, row.each("mask"), strict=True):
+        if weight != 0:
+            claims += np.abs(delta) > np.float32(mask) * np.abs(merged - delta)
+    return np.where(claims >= np.float32(np.round(row.shared("votes"))), merged, ZERO)
+
+
+# -- the hash and the rounding ------------------------------------------------------------------
 
 
 def counter_hash(seed: int, k: int, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return 32 uniform bits for (seed, expert, canonical element index), as int64."""
+    """Return 32 uniform bits for (seed, expert, canonical element index), as int64.
+
+    fmix32(low·(key | 1) + fmix32(high ^ key)), every step modulo 2^32.
+    """
     mask = np.uint64(0xFFFFFFFF)
     start = (seed & 0xFFFFFFFF) * 0x85EBCA6B ^ (seed >> 32) ^ ((k + 1) * 0x9E3779B9)
+    key = np.uint64(start & 0xFFFFFFFF)
     low, high = index.astype(np.uint64) & mask, index.astype(np.uint64) >> np.uint64(32)
-    first = _mix(low ^ np.uint64(start & 0xFFFFFFFF))
-    return _mix(first ^ ((high + np.uint64(0x9E3779B9)) & mask)).astype(np.int64)
+    offset = _mix(high ^ key)
+    return _mix((low * (key | np.uint64(1)) + offset) & mask).astype(np.int64)
 
 
 def _mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -155,7 +333,9 @@ def round_to(values: F32, dtype: str) -> npt.NDArray[Any]:
         return values
     if dtype == "F16":
         with np.errstate(over="ignore"):
-            return values.astype(np.float16).view(np.uint16)
+            halves = values.astype(np.float16).view(np.uint16)
+        # One NaN for all; NumPy would keep what fits of the payload.
+        return np.where(np.isnan(values), halves & 0x8000 | 0x7E00, halves).astype(np.uint16)
     bits = values.view(np.uint32).astype(np.uint64)
     rounded = (bits + np.uint64(0x7FFF) + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
     return np.where(np.isnan(values), np.uint64(0x7FC0), rounded).astype(np.uint16)

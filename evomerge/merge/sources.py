@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from evomerge.checkpoint import Checkpoint
-from evomerge.errors import ModelError
+from evomerge.checkpoint import to_float32 as to_float32
+from evomerge.errors import ModelError, StorageError
 from evomerge.layout import Layout
 from evomerge.merge.plan import KEYS
 from evomerge.models import Models
@@ -16,25 +18,13 @@ from evomerge.models import Models
 Bits = npt.NDArray[Any]
 
 
-def to_float32(bits: Bits, dtype: str) -> npt.NDArray[np.float32]:
-    """Return the values of raw bits; float32 passes through unchanged.
-
-    Args:
-        bits: float32 values, or uint16 patterns of F16 or BF16.
-        dtype: safetensors name.
-    """
-    if dtype == "F32":
-        return np.asarray(bits, dtype=np.float32)
-    if dtype == "F16":
-        return bits.view(np.float16).astype(np.float32)
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
 class Sources:
     """Memory-mapped weights of one study's models.
 
     Processes on one machine share the pages of the same files, so several workers need the
-    memory of one.
+    memory of one. What an adapter changes is folded when it is first asked for, and kept in an
+    unnamed temporary file of its own, so that its pages can leave memory like those of a
+    checkpoint; that file needs four bytes per changed element in the temporary directory.
 
     Args:
         models: validated and compared.
@@ -43,7 +33,9 @@ class Sources:
     def __init__(self, models: Models) -> None:
         self.models = models
         self.layout: Layout = models.layout
-        self._maps: dict[tuple[str, int], Bits] = {}
+        self._checkpoints: tuple[Checkpoint, ...] = (models.base, *models.experts)
+        #: By the model's place (the base is first) and slot; names are the user's.
+        self._maps: dict[tuple[int, int], Bits] = {}
 
     @property
     def experts(self) -> int:
@@ -52,17 +44,19 @@ class Sources:
 
     def base(self, slot: int) -> tuple[Bits, str]:
         """Return the bits and dtype of the base's slot."""
-        return self._get(self.models.base, slot)
+        return self._get(0, slot)
 
     def expert(self, slot: int, k: int) -> tuple[Bits, str]:
         """Return the bits and dtype of expert k's slot."""
-        return self._get(self.models.experts[k], slot)
+        return self._get(1 + k, slot)
 
-    def _get(self, checkpoint: Checkpoint, slot: int) -> tuple[Bits, str]:
+    def _get(self, model: int, slot: int) -> tuple[Bits, str]:
+        checkpoint = self._checkpoints[model]
         name = self.layout.slots[slot].name
-        key = (checkpoint.name, slot)
+        key = (model, slot)
         if key not in self._maps:
-            self._maps[key] = checkpoint.read(name)
+            bits = checkpoint.read(name)
+            self._maps[key] = _spilled(bits) if name in checkpoint.folds else bits
         return self._maps[key], checkpoint.tensors[name].dtype
 
     def histogram(self, slot: int, k: int) -> npt.NDArray[np.int64]:
@@ -87,9 +81,9 @@ class Sources:
         from evomerge.merge import kernels
 
         problems = []
-        for checkpoint in (self.models.base, *self.models.experts):
+        for model, checkpoint in enumerate(self._checkpoints):
             for number, slot in enumerate(self.layout.slots):
-                bits, dtype = self._get(checkpoint, number)
+                bits, dtype = self._get(model, number)
                 bad = kernels.count_not_finite(
                     address(bits), kernels.CODES[dtype], bits.size, kernels.HALF
                 )
@@ -99,6 +93,22 @@ class Sources:
                     )
         if problems:
             raise ModelError("\n".join(problems) + "\n(the checkpoint is damaged: save it again)")
+
+
+def _spilled(bits: Bits) -> Bits:
+    """Return a read-only memory map with the same content, in a file that nobody sees."""
+    if bits.size == 0:
+        return bits
+    try:
+        with tempfile.TemporaryFile() as file:
+            file.write(memoryview(bits).cast("B"))
+            file.flush()
+            return np.memmap(file, dtype=bits.dtype, mode="r", shape=bits.shape)
+    except OSError as error:
+        raise StorageError(
+            f"{tempfile.gettempdir()}: a folded adapter does not fit: {error.strerror} "
+            "(free some space, or set TMPDIR to another disk)"
+        ) from error
 
 
 def address(bits: Bits) -> int:

@@ -16,8 +16,8 @@ from evomerge.merge.sources import Sources, to_float32
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
-#: Elements decoded at a time for Gram matrices: bounds the float64 scratch to 8 MiB per model.
-_GRAM_BLOCK = 1 << 20
+#: Elements decoded at a time for Gram matrices: 256 KiB of float64 per model stay in the cache.
+_GRAM_BLOCK = 1 << 15
 
 
 class Stats:
@@ -30,6 +30,7 @@ class Stats:
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
         self._grams: dict[tuple[int, int, int], F64] = {}
+        self._slot_grams: dict[bool, F64] = {}
         self._tails: dict[tuple[int, int], tuple[int, I64]] = {}
 
     @property
@@ -43,10 +44,46 @@ class Stats:
         Returns:
             [K + 1, K + 1]; row 0 is the base, row k + 1 expert k.
         """
+        directions = self.direction_gram(span)
+        # <W_i, W_j> = <W0 + τ_i, W0 + τ_j>, with τ_0 = 0.
+        with_base = np.concatenate([[0.0], directions[0, 1:]])
+        deltas = np.pad(directions[1:, 1:], ((1, 0), (1, 0)))
+        full: F64 = directions[0, 0] + with_base[:, None] + with_base[None, :] + deltas
+        return full
+
+    def direction_gram(self, span: Span) -> F64:
+        """Return the inner products of the base and the task vectors on one span, in float64.
+
+        Summed from the task vectors themselves: taken from ``gram`` by subtraction they would
+        lose as many digits as the task vectors are smaller than the weights, squared.
+
+        Returns:
+            [K + 1, K + 1]; row 0 is the base, row k + 1 the task vector of expert k.
+        """
         key = (span.slot, span.start, span.stop)
         if key not in self._grams:
             self._grams[key] = self._gram(span)
         return self._grams[key]
+
+    def slot_grams(self, task_vectors: bool) -> F64:
+        """Return the experts' inner products on every whole slot, in canonical order.
+
+        Whole slots even where a partition cuts them, because mergekit's geometry is per tensor.
+        The first call reads all weights once.
+
+        Args:
+            task_vectors: of the task vectors; of base and full weights otherwise.
+
+        Returns:
+            [slots, K, K] of task vectors, or [slots, K + 1, K + 1] with the base as row 0.
+        """
+        if task_vectors not in self._slot_grams:
+            wholes = [Span(index, 0, slot.rows, 0) for index, slot in enumerate(self.layout.slots)]
+            self._slot_grams[task_vectors] = np.stack(
+                [self.direction_gram(span)[1:, 1:] if task_vectors else self.gram(span)
+                 for span in wholes]
+            )  # fmt: skip
+        return self._slot_grams[task_vectors]
 
     def _gram(self, span: Span) -> F64:
         slot = self.layout.slots[span.slot]
@@ -57,7 +94,8 @@ class Stats:
         for first in range(span.start * width, span.stop * width, _GRAM_BLOCK):
             stop = min(first + _GRAM_BLOCK, span.stop * width)
             block = np.stack([_decode(bits[first:stop], dtype) for bits, dtype in arrays])
-            total += block @ block.T
+            block[1:] -= block[0]
+            total += _inner_products(block)
         return total
 
     def cut(self, slot: int, expert: int, density: float, whole_edge: bool) -> tuple[int, int]:
@@ -88,6 +126,11 @@ class Stats:
         within = int(at_least[edge]) - above
         return first + edge, (wanted - above) * WHOLE // within
 
+    def counts(self, slot: int, expert: int) -> tuple[int, I64]:
+        """Return the lowest occupied key, and the number of elements of each key from there."""
+        first, at_least = self._tail(slot, expert)
+        return first, at_least - np.append(at_least[1:], 0)
+
     def _tail(self, slot: int, expert: int) -> tuple[int, I64]:
         """Return the lowest occupied key, and the number of elements at or above each key."""
         key = (slot, expert)
@@ -103,6 +146,21 @@ class Stats:
 def _decode(bits: npt.NDArray[Any], dtype: str) -> F64:
     assert dtype in MERGEABLE
     return to_float32(bits, dtype).astype(np.float64)
+
+
+def _inner_products(block: F64) -> F64:
+    """Return the inner products of rows, the same on every machine.
+
+    A matrix product would be faster, but its order of summation depends on the processor, and a
+    last bit of a coefficient must not depend on where a recipe is applied.
+    """
+    rows, columns = block.shape
+    result, products = np.zeros((rows, rows)), np.empty(columns)
+    for i in range(rows):
+        for j in range(i + 1):
+            np.multiply(block[i], block[j], out=products)
+            result[i, j] = result[j, i] = np.add.reduce(products)
+    return result
 
 
 def cosine(gram: F64, pair: Sequence[int]) -> float | None:

@@ -6,14 +6,16 @@ entry point loads to a ``SearcherEntry`` of the same name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from math import isfinite
 from types import MappingProxyType
 
+from threadpoolctl import threadpool_limits
+
 from evomerge.errors import InputError, SetupError, suggest
-from evomerge.search.protocol import Searcher, SearchProblem
+from evomerge.search.protocol import Candidate, Searcher, SearchProblem, Told
 
 #: The entry-point group for searchers of other packages.
 GROUP = "evomerge.searchers"
@@ -89,7 +91,8 @@ def _nevergrad(function: str) -> Build:
     def build(problem: SearchProblem, arguments: Mapping[str, ArgumentValue]) -> Searcher:
         from evomerge.search import ng
 
-        searcher: Searcher = getattr(ng, function)(problem, arguments)
+        with threadpool_limits(1):  # here again: the import has loaded further libraries
+            searcher: Searcher = getattr(ng, function)(problem, arguments)
         return searcher
 
     return build
@@ -101,7 +104,8 @@ def _pymoo(function: str) -> Build:
     def build(problem: SearchProblem, arguments: Mapping[str, ArgumentValue]) -> Searcher:
         from evomerge.search import moo
 
-        searcher: Searcher = getattr(moo, function)(problem, arguments)
+        with threadpool_limits(1):
+            searcher: Searcher = getattr(moo, function)(problem, arguments)
         return searcher
 
     return build
@@ -272,8 +276,31 @@ def check_arguments(name: str, arguments: Mapping[str, object]) -> dict[str, Arg
     return complete
 
 
+class _OneThread:
+    """A searcher whose linear algebra runs on one thread.
+
+    BLAS rounds differently on another number of threads, and a resumed study must repeat every
+    ask bit for bit, wherever it goes on.
+    """
+
+    def __init__(self, inner: Searcher) -> None:
+        self._inner = inner
+
+    def ask(self, n: int) -> Sequence[Candidate]:
+        """See ``Searcher.ask``."""
+        with threadpool_limits(1):
+            return self._inner.ask(n)
+
+    def tell(self, results: Sequence[Told]) -> None:
+        """See ``Searcher.tell``."""
+        with threadpool_limits(1):
+            self._inner.tell(results)
+
+
 def make_searcher(name: str, arguments: Mapping[str, object], problem: SearchProblem) -> Searcher:
     """Return a fresh searcher for ``problem``.
+
+    What it asks does not depend on the number of threads of the numerical libraries.
 
     Raises:
         InputError: as in ``check_arguments``, or several objectives for a searcher of one.
@@ -289,7 +316,8 @@ def make_searcher(name: str, arguments: Mapping[str, object], problem: SearchPro
             f"searcher {name!r} takes one objective, the problem has {problem.objectives} "
             f"(search their weighted sum, or choose from: {', '.join(several)})"
         )
-    return entry.build(problem, complete)
+    with threadpool_limits(1):
+        return _OneThread(entry.build(problem, complete))
 
 
 def _plugins() -> dict[str, EntryPoint]:

@@ -1,49 +1,119 @@
-"""``slerp``: linear, once the Gram matrix has given the angle."""
+"""Averages on spheres: linear, once the Gram matrices have given the angles.
+
+Angles are those of whole tensors, as in mergekit, even where a partition cuts a tensor; the cut
+pieces then differ in their parameters only.
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 
 import numpy as np
 
 from evomerge.layout import Partition
-from evomerge.merge.methods.method import Method, Parameter, Scope, Table
+from evomerge.merge import geometry
+from evomerge.merge.methods.linear import normalized
+from evomerge.merge.methods.method import Method, Option, Parameter, Scope, Table, option
 from evomerge.merge.plan import Plan
-from evomerge.merge.stats import Stats, cosine
+from evomerge.merge.stats import F64, Stats
 from evomerge.recipe import Recipe
 
-#: Above this cosine mergekit interpolates linearly: sin(angle) is too small to divide by.
-_PARALLEL = 0.9995
+
+def _grams(stats: Stats, partition: Partition, task_vectors: bool, base: bool = False) -> F64:
+    """Return the inner products of the inputs for every span, of its whole slot [S, K, K]."""
+    grams = stats.slot_grams(task_vectors)
+    if not task_vectors and not base:
+        grams = grams[:, 1:, 1:]
+    result: F64 = grams[[span.slot for span in partition.spans]]
+    return result
 
 
-def slerp_coefficients(cos: float | None, t: float) -> tuple[float, float]:
-    """Return the coefficients of the two ends (Shoemake 1985); lerp where they are parallel."""
-    if cos is None or abs(cos) > _PARALLEL:
-        return 1.0 - t, t
-    angle = math.acos(cos)
-    return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
-
-
-def _slerp(recipe: Recipe, partition: Partition, stats: Stats) -> Plan:
-    """Interpolate per tensor between the base and one expert, or between two experts.
-
-    In delta form a·A + b·B has the base at a + b: with A the base the delta of A is zero.
-    """
-    t = Table(recipe, partition, SLERP).block("t")
-    experts = len(recipe.experts)
-    pair = (0, 1) if experts == 1 else (1, 2)
-    c0, c = np.empty(len(t)), np.empty((len(t), experts))
-    for number, span in enumerate(partition.spans):
-        a, b = slerp_coefficients(cosine(stats.gram(span), pair), float(t[number]))
-        c0[number] = a + b
-        c[number] = (b,) if experts == 1 else (a, b)
+def _combination(c: F64, of_task_vectors: bool) -> Plan:
+    """Return Σ c_k·W_k = (Σ c_k)·W_base + Σ c_k·τ_k, or W_base + Σ c_k·τ_k, as a plan."""
+    c0 = np.ones(len(c)) if of_task_vectors else c.sum(axis=1)
     return Plan(base=c0.astype(np.float32), weights=c.astype(np.float32))
 
 
-def _anchor(weights: tuple[float, ...]) -> dict[str, tuple[float, ...]] | None:
+def _slerp(recipe: Recipe, partition: Partition, stats: Stats) -> Plan:
+    """Interpolate between the base and one expert, or between two experts."""
+    t = Table(recipe, partition, SLERP).block("t")
+    alone = len(recipe.experts) == 1
+    ends = geometry.slerp(
+        _grams(stats, partition, task_vectors=False, base=alone), t, geometry.SLERP_STRAIGHT
+    )
+    # The base as first end has no task vector: only its share of the sum of coefficients.
+    c = ends[:, 1:] if alone else ends
+    return Plan(base=ends.sum(axis=1).astype(np.float32), weights=c.astype(np.float32))
+
+
+def _slerp_anchor(
+    weights: tuple[float, ...], options: Mapping[str, object]
+) -> dict[str, tuple[float, ...]] | None:
     """Return t where it is exactly one end; in between slerp is not task arithmetic."""
     ends = {(0.0,): 0.0, (1.0,): 1.0, (1.0, 0.0): 0.0, (0.0, 1.0): 1.0}
     return {"t": (ends[weights],)} if weights in ends else None
+
+
+def _nuslerp(recipe: Recipe, partition: Partition, stats: Stats) -> Plan:
+    weights = normalized(Table(recipe, partition, NUSLERP).expert("weight"), partition)
+    with_base = bool(option(recipe, NUSLERP, "with_base"))
+    grams = _grams(stats, partition, with_base)
+    c = geometry.slerp(grams, weights[:, 1], geometry.NUSLERP_STRAIGHT)
+    return _combination(c, with_base)
+
+
+def _multislerp(recipe: Recipe, partition: Partition, stats: Stats) -> Plan:
+    table = Table(recipe, partition, MULTISLERP)
+    weights = table.expert("weight")
+    if option(recipe, MULTISLERP, "normalize_weights"):
+        weights = normalized(weights, partition)
+    with_base = bool(option(recipe, MULTISLERP, "with_base"))
+    grams = _grams(stats, partition, with_base)
+    return _combination(geometry.multislerp(grams, weights, table.block("eps")), with_base)
+
+
+def _karcher(recipe: Recipe, partition: Partition, stats: Stats) -> Plan:
+    table = Table(recipe, partition, KARCHER)
+    weights = normalized(table.expert("weight"), partition)
+    with_base = bool(option(recipe, KARCHER, "with_base"))
+    grams = _grams(stats, partition, with_base)
+    c = geometry.karcher(grams, weights, table.block("max_iter"), table.block("tol"))
+    return _combination(c, with_base)
+
+
+def _model_stock(recipe: Recipe, partition: Partition, stats: Stats) -> Plan:
+    """W_base + λ·t·(mean of the task vectors), t from their angles."""
+    scale = Table(recipe, partition, MODEL_STOCK).block("lambda")
+    clamp = bool(option(recipe, MODEL_STOCK, "clamp"))
+    ratio = geometry.stock_ratio(_grams(stats, partition, task_vectors=True), clamp)
+    count = len(recipe.experts)
+    c = np.repeat((scale * ratio / count)[:, None], count, axis=1)
+    return _combination(c, of_task_vectors=True)
+
+
+def _one_hot(
+    weights: tuple[float, ...], options: Mapping[str, object]
+) -> dict[str, tuple[float, ...]] | None:
+    """Return weights that choose one expert: then all averages are that expert."""
+    return {"weight": weights} if sorted(weights) == [0.0] * (len(weights) - 1) + [1.0] else None
+
+
+def _stock_anchor(
+    weights: tuple[float, ...], options: Mapping[str, object]
+) -> dict[str, tuple[float, ...]] | None:
+    """Return scale 0 for the base; elsewhere the coefficients depend on the angles."""
+    return None if any(weights) else {"lambda": (0.0,)}
+
+
+def _weight(default: float | None, low: float) -> Parameter:
+    return Parameter("weight", Scope.EXPERT, default, low, 16.0, (0.0, 1.0), "share of the expert")
+
+
+def _with_base(default: bool) -> Option:
+    return Option(
+        "with_base", default, (True, False), "average the task vectors and add them to the base; "
+        "otherwise the weights themselves (mergekit: whether a base_model is given)",
+    )  # fmt: skip
 
 
 SLERP = Method(
@@ -58,5 +128,72 @@ SLERP = Method(
     options=(),
     experts=(1, 2),
     plan=_slerp,
-    anchor=_anchor,
+    anchor=_slerp_anchor,
 )
+
+NUSLERP = Method(
+    name="nuslerp",
+    summary="along the arc between two task vectors, or between two experts",
+    source="Shoemake 1985; mergekit's nuslerp on flattened tensors",
+    parameters=(_weight(None, -16.0),),
+    options=(_with_base(True),),
+    experts=(2, 2),
+    plan=_nuslerp,
+    anchor=_one_hot,
+)
+
+MULTISLERP = Method(
+    name="multislerp",
+    summary="weighted mean direction of the task vectors or experts, with their mean length",
+    source="Goddard 2025, goddard.blog/posts/multislerp-wow-what-a-cool-idea; mergekit",
+    parameters=(
+        _weight(None, -16.0),
+        Parameter("eps", Scope.BLOCK, 1e-8, 0.0, 1e-3, (1e-9, 1e-6), "added to the norms"),
+    ),
+    options=(
+        _with_base(True),
+        Option("normalize_weights", True, (True, False), "divide by the sum of the weights"),
+    ),
+    experts=(1, None),
+    plan=_multislerp,
+    anchor=_one_hot,
+)
+
+KARCHER = Method(
+    name="karcher",
+    summary="Riemannian mean of the directions of the experts, with their mean length",
+    source="Karcher 1977; mergekit's karcher (arXiv 2603.04972), here with weights",
+    parameters=(
+        _weight(1.0, 0.0),
+        Parameter(
+            "max_iter", Scope.BLOCK, 10.0, 1.0, 1000.0, (1.0, 20.0), "most steps, rounded down"
+        ),
+        Parameter(
+            "tol", Scope.BLOCK, 1e-5, 1e-9, 1.0, (1e-7, 1e-3), "length of the step that ends it"
+        ),
+    ),
+    options=(_with_base(False),),
+    experts=(1, None),
+    plan=_karcher,
+    anchor=_one_hot,
+)
+
+MODEL_STOCK = Method(
+    name="model_stock",
+    summary="from the base towards the mean expert, as far as the task vectors agree",
+    source="Jang et al. 2024, arXiv 2403.19522, per tensor",
+    parameters=(
+        Parameter(
+            "lambda", Scope.BLOCK, 1.0, -16.0, 16.0, (0.0, 2.0), "scale of the paper's step"
+        ),
+    ),
+    options=(
+        Option(
+            "clamp", True, (True, False),
+            "keep the base where task vectors oppose; mergekit steps away from them",
+        ),
+    ),
+    experts=(2, None),
+    plan=_model_stock,
+    anchor=_stock_anchor,
+)  # fmt: skip

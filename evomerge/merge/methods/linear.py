@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from evomerge.errors import RecipeError
@@ -56,12 +58,19 @@ def _task_arithmetic(recipe: Recipe, partition: Partition, stats: Stats) -> Plan
     return Plan(base=np.ones(len(c), np.float32), weights=c.astype(np.float32))
 
 
-def _linear_anchor(weights: tuple[float, ...]) -> dict[str, tuple[float, ...]] | None:
+def _linear_anchor(
+    weights: tuple[float, ...], options: Mapping[str, object]
+) -> dict[str, tuple[float, ...]] | None:
     """Return weights that average the experts; only sums of one are averages."""
     return {"weight": weights} if abs(sum(weights) - 1.0) < 1e-9 else None
 
 
-def _task_anchor(weights: tuple[float, ...]) -> dict[str, tuple[float, ...]] | None:
+def _task_anchor(
+    weights: tuple[float, ...], options: Mapping[str, object]
+) -> dict[str, tuple[float, ...]] | None:
+    """Return the weights; normalized ones only where dividing by their sum changes nothing."""
+    if options.get("normalize") and abs(sum(weights) - 1.0) > 1e-9:
+        return None
     return {"weight": weights, "lambda": (1.0,)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -76,9 +76,9 @@ class Method:
         options: switches and flavours.
         experts: smallest and largest number of experts, None for no limit.
         plan: recipe → plan; pure, given the statistics.
-        anchor: the parameter values at which the method is the given task arithmetic
-            (``W_base + Σ_k w_k·τ_k``), or None where it has none; lets baselines be points of
-            the search space.
+        anchor: (weights, options) → the parameter values at which the method with these options
+            is the given task arithmetic (``W_base + Σ_k w_k·τ_k``), or None where it has none;
+            lets baselines be points of the search space.
     """
 
     name: str
@@ -88,7 +88,9 @@ class Method:
     options: tuple[Option, ...]
     experts: tuple[int, int | None]
     plan: Callable[[Recipe, Partition, Stats], Plan]
-    anchor: Callable[[tuple[float, ...]], dict[str, tuple[float, ...]] | None]
+    anchor: Callable[
+        [tuple[float, ...], Mapping[str, object]], dict[str, tuple[float, ...]] | None
+    ]
 
     def parameter(self, name: str) -> Parameter:
         """Return a parameter.

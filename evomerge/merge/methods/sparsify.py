@@ -1,75 +1,248 @@
-"""``ties``: trim by magnitude, elect a sign, merge what agrees."""
+"""The methods that keep a part of every task vector: trimmed, dropped at random, or banded.
+
+All of them choose by the magnitude of |W_k - W_base| within its tensor, from an exact histogram of
+magnitude keys, so a searched density costs no sort; random choices come from a counter hash.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from evomerge.layout import Partition
+from evomerge.merge.methods.linear import normalized
 from evomerge.merge.methods.method import Method, Option, Parameter, Scope, Table, option
-from evomerge.merge.plan import Divisor, Elect, Plan, ZeroSum
-from evomerge.merge.stats import Stats
+from evomerge.merge.plan import ALWAYS, KEYS, WHOLE, Divisor, Elect, Plan, Rule, Select, ZeroSum
+from evomerge.merge.stats import F64, Stats
 from evomerge.recipe import Recipe
 
-_ELECT = {"weighted": Elect.WEIGHTED, "unweighted": Elect.UNWEIGHTED, "count": Elect.COUNT}
-_DIVISOR = {"weight": Divisor.WEIGHT, "count": Divisor.COUNT}
-_ZERO = {"drop": ZeroSum.DROP, "plus": ZeroSum.PLUS}
+ELECT_RULES = {"weighted": Elect.WEIGHTED, "unweighted": Elect.UNWEIGHTED, "count": Elect.COUNT}
+DIVISORS = {"weight": Divisor.WEIGHT, "count": Divisor.COUNT}
+ZERO_SUMS = {"drop": ZeroSum.DROP, "plus": ZeroSum.PLUS}
+
+Choose = Callable[[Recipe, Partition, Stats, Table, Method], tuple[Select, F64]]
 
 
-def _ties(recipe: Recipe, partition: Partition, stats: Stats) -> Plan:
-    """W_base + λ·(Σ w_k·δ_k over agreeing experts / divisor), deltas trimmed per tensor."""
-    table = Table(recipe, partition, TIES)
-    weights, density = table.expert("weight"), table.expert("density")
-    whole_edge = option(recipe, TIES, "edge") == "all"
-    edge = np.zeros(weights.shape, np.int32)
-    share = np.zeros(weights.shape, np.int64)
+# -- which elements stay ------------------------------------------------------------------------
+
+
+def box(partition: Partition, stats: Stats, density: F64, gamma: F64, whole_edge: bool) -> Select:
+    """Keep ``density`` of each tensor, leaving out the largest ``gamma`` of it.
+
+    Args:
+        partition: its spans [S].
+        stats: exact histograms.
+        density: fraction to keep [S, K].
+        gamma: fraction of outliers to drop before [S, K].
+        whole_edge: keep all elements whose key is the cut's, as references with ``>=`` do.
+    """
+    select = Select.everything(*density.shape)
     for number, span in enumerate(partition.spans):
-        for k in range(weights.shape[1]):
-            edge[number, k], share[number, k] = stats.cut(
-                span.slot, k, float(density[number, k]), whole_edge
-            )
-    normalize = option(recipe, TIES, "normalize")
-    divisor = _DIVISOR[str(option(recipe, TIES, "divisor"))] if normalize else Divisor.ONE
-    return Plan(
-        base=np.ones(len(weights), np.float32),
-        weights=weights.astype(np.float32),
-        elect=_ELECT[str(option(recipe, TIES, "elect"))],
-        divisor=divisor,
-        zero_sum=_ZERO[str(option(recipe, TIES, "zero_sum"))],
-        scale=table.block("lambda").astype(np.float32),
-        edge=edge,
-        share=share,
-        seed=recipe.seed,
+        for k in range(density.shape[1]):
+            kept, dropped = float(density[number, k]), float(gamma[number, k])
+            high, cut_away = stats.cut(span.slot, k, dropped, False)
+            low, share = stats.cut(span.slot, k, min(kept + dropped, 1.0), whole_edge)
+            if kept == 0.0 or share == 0:
+                select.low[number, k] = KEYS
+                continue
+            if dropped > 0.0 and cut_away > 0:
+                select.high[number, k] = high
+                select.at_high[number, k] = max(WHOLE - cut_away - 1, 0)
+                if high == low:  # both cuts in one bin: what lies between them stays
+                    share = max(share - cut_away, 1)
+            select.low[number, k] = low
+            select.at_low[number, k] = share - 1
+    return select
+
+
+def _trimmed(
+    recipe: Recipe, partition: Partition, stats: Stats, table: Table, method: Method
+) -> tuple[Select, F64]:
+    """Keep the largest magnitudes (TIES)."""
+    density = table.expert("density")
+    whole_edge = option(recipe, method, "edge") == "all"
+    chosen = box(partition, stats, density, np.zeros_like(density), whole_edge)
+    return chosen, np.ones_like(density)
+
+
+def _breadcrumbs(
+    recipe: Recipe, partition: Partition, stats: Stats, table: Table, method: Method
+) -> tuple[Select, F64]:
+    """Keep the middle: neither the outliers nor the smallest (Davari and Belilovsky 2024)."""
+    density = table.expert("density")
+    return box(partition, stats, density, table.expert("gamma"), False), np.ones_like(density)
+
+
+def _dropped(
+    recipe: Recipe, partition: Partition, stats: Stats, table: Table, method: Method
+) -> tuple[Select, F64]:
+    """Keep each element with probability d and divide the rest by it (DARE, equation 1).
+
+    mergekit rescales so that the L1 norm stays, which is the same in expectation.
+    """
+    density = table.expert("density")
+    select = Select.everything(*density.shape)
+    select.inside[:] = np.clip(np.floor(density * WHOLE) - 1, 0, ALWAYS).astype(np.uint32)
+    select.at_low[:] = select.inside
+    select.at_high[:] = select.inside
+    select.low[density * WHOLE < 1] = KEYS  # keeps nothing at all
+    gain = np.ones_like(density)
+    if option(recipe, method, "rescale"):
+        np.divide(1.0, density, out=gain, where=density > 0)
+    return select, gain
+
+
+# -- what is done with them ---------------------------------------------------------------------
+
+
+def _summed(name: str, choose: Choose) -> Callable[[Recipe, Partition, Stats], Plan]:
+    """Return the plan of W_base + λ·Σ w_k·select(δ_k)."""
+
+    def plan(recipe: Recipe, partition: Partition, stats: Stats) -> Plan:
+        method = SPARSIFY[name]
+        table = Table(recipe, partition, method)
+        select, gain = choose(recipe, partition, stats, table, method)
+        weights = table.expert("weight")
+        if option(recipe, method, "normalize"):
+            weights = normalized(weights, partition)
+        c = (weights * gain * table.block("lambda")[:, None]).astype(np.float32)
+        return Plan(
+            base=np.ones(len(c), np.float32), weights=c, rule=Rule.SUM, select=select,
+            seed=recipe.seed,
+        )  # fmt: skip
+
+    return plan
+
+
+def _elected(name: str, choose: Choose) -> Callable[[Recipe, Partition, Stats], Plan]:
+    """Return the plan of W_base + λ·(Σ w_k·x_k over agreeing experts / divisor)."""
+
+    def plan(recipe: Recipe, partition: Partition, stats: Stats) -> Plan:
+        method = SPARSIFY[name]
+        table = Table(recipe, partition, method)
+        select, gain = choose(recipe, partition, stats, table, method)
+        weights = table.expert("weight")
+        divisor = Divisor.ONE
+        if option(recipe, method, "normalize"):
+            divisor = DIVISORS[str(option(recipe, method, "divisor"))]
+        shares = {
+            Divisor.ONE: np.zeros_like(weights),
+            Divisor.WEIGHT: weights,
+            Divisor.COUNT: np.ones_like(weights),
+        }[divisor]
+        return Plan(
+            base=np.ones(len(weights), np.float32),
+            weights=(weights * gain).astype(np.float32),
+            rule=Rule.ELECT,
+            elect=ELECT_RULES[str(option(recipe, method, "elect"))],
+            divisor=divisor,
+            zero_sum=ZERO_SUMS[str(option(recipe, method, "zero_sum"))],
+            scale=table.block("lambda").astype(np.float32),
+            shares=shares.astype(np.float32),
+            select=select,
+            seed=recipe.seed,
+        )
+
+    return plan
+
+
+# -- declarations -------------------------------------------------------------------------------
+
+
+def weight_parameter() -> Parameter:
+    """Return the weight per expert, which must be given or searched."""
+    return Parameter(
+        "weight", Scope.EXPERT, None, -16.0, 16.0, (0.0, 1.5), "scale of the task vector"
     )
 
 
-def _anchor(weights: tuple[float, ...]) -> dict[str, tuple[float, ...]] | None:
+DENSITY = Parameter("density", Scope.EXPERT, None, 0.0, 1.0, (0.1, 1.0), "fraction of it to keep")
+LAMBDA = Parameter("lambda", Scope.BLOCK, 1.0, -16.0, 16.0, (0.0, 1.5), "scale of the result")
+_GAMMA = Parameter(
+    "gamma", Scope.EXPERT, 0.01, 0.0, 1.0, (0.0, 0.1), "fraction of outliers to drop"
+)
+_RESCALE = Option("rescale", True, (True, False), "divide what stays by the density")
+
+
+def normalize_option(default: bool) -> Option:
+    """Return the option with mergekit's default for the method."""
+    return Option("normalize", default, (default, not default), "divide by what agreed")
+
+
+ELECTION = (
+    Option(
+        "elect", "weighted", tuple(ELECT_RULES),
+        "sign of the weighted sum (mergekit), of the plain sum (paper), or of the sum of signs",
+    ),
+    Option("divisor", "weight", tuple(DIVISORS), "sum of weights (mergekit) or count (paper)"),
+    Option("zero_sum", "drop", tuple(ZERO_SUMS), "drawn election: keep base, or plus (mergekit)"),
+)  # fmt: skip
+_EDGE = Option(
+    "edge", "fraction", ("fraction", "all"),
+    "equal magnitudes at the cut: keep a hashed share (exact density) or all (paper)",
+)  # fmt: skip
+
+
+def _dense_anchor(
+    weights: tuple[float, ...], options: Mapping[str, object]
+) -> dict[str, tuple[float, ...]] | None:
+    """Keep everything: then the sum of the task vectors is task arithmetic."""
+    if options.get("normalize") and abs(sum(weights) - 1.0) > 1e-9:
+        return None
+    ones = (1.0,) * len(weights)
+    return {"weight": weights, "density": ones, "gamma": (0.0,) * len(weights), "lambda": (1.0,)}
+
+
+def _no_anchor(
+    weights: tuple[float, ...], options: Mapping[str, object]
+) -> dict[str, tuple[float, ...]] | None:
     """Return nothing: with an election no setting is task arithmetic for several experts."""
     return None
 
 
-TIES = Method(
-    name="ties",
-    summary="keep the largest changes, elect a sign per element, merge those that agree",
-    source="Yadav et al. 2023, arXiv 2306.01708; defaults as mergekit where they differ",
-    parameters=(
-        Parameter("weight", Scope.EXPERT, 1.0, -16.0, 16.0, (0.0, 1.5), "scale of the task vector"),
-        Parameter("density", Scope.EXPERT, 1.0, 0.0, 1.0, (0.1, 1.0), "fraction of it to keep"),
-        Parameter("lambda", Scope.BLOCK, 1.0, -16.0, 16.0, (0.0, 1.5), "scale of the result"),
-    ),
-    options=(
-        Option("normalize", True, (True, False), "divide by what agreed"),
-        Option(
-            "elect", "weighted", tuple(_ELECT), "sign of the weighted sum (mergekit), "
-            "of the unweighted sum (paper), or of the sum of signs",
+def _method(
+    name: str, summary: str, source: str, choose: Choose, elected: bool, normalize: bool,
+    extra: tuple[Parameter, ...] = (), options: tuple[Option, ...] = (),
+) -> Method:  # fmt: skip
+    return Method(
+        name=name,
+        summary=summary,
+        source=source,
+        parameters=(weight_parameter(), DENSITY, *extra, LAMBDA),
+        options=(normalize_option(normalize), *(ELECTION if elected else ()), *options),
+        experts=(1, None),
+        plan=(_elected if elected else _summed)(name, choose),
+        anchor=_no_anchor if elected else _dense_anchor,
+    )
+
+
+_DARE = "Yu et al. 2024, arXiv 2311.03099"
+_CRUMBS = "Davari and Belilovsky 2024, arXiv 2312.06795"
+
+SPARSIFY: dict[str, Method] = {
+    method.name: method
+    for method in (
+        _method(
+            "ties", "keep the largest changes, elect a sign per element, merge those that agree",
+            "Yadav et al. 2023, arXiv 2306.01708; defaults as mergekit where they differ",
+            _trimmed, True, True, options=(_EDGE,),
         ),
-        Option("divisor", "weight", tuple(_DIVISOR), "sum of weights (mergekit) or count (paper)"),
-        Option("zero_sum", "drop", tuple(_ZERO), "drawn election: keep base, or plus (mergekit)"),
-        Option(
-            "edge", "fraction", ("fraction", "all"),
-            "equal magnitudes at the cut: keep a hashed share (exact density) or all (paper)",
+        _method(
+            "breadcrumbs", "keep the middle of each task vector by magnitude, then add them",
+            _CRUMBS, _breadcrumbs, False, False, (_GAMMA,),
         ),
-    ),
-    experts=(1, None),
-    plan=_ties,
-    anchor=_anchor,
-)  # fmt: skip
+        _method(
+            "breadcrumbs_ties", "breadcrumbs with an election of signs",
+            _CRUMBS, _breadcrumbs, True, False, (_GAMMA,),
+        ),
+        _method(
+            "dare_linear", "drop changes at random, rescale the rest, then add them",
+            _DARE, _dropped, False, False, options=(_RESCALE,),
+        ),
+        _method(
+            "dare_ties", "drop changes at random, rescale the rest, elect signs",
+            _DARE, _dropped, True, False, options=(_RESCALE,),
+        ),
+    )
+}  # fmt: skip

@@ -1,0 +1,296 @@
+"""LoRA adapters (peft format) as experts: low-rank changes folded once into full directions.
+
+    W_k = W0 + s·(B·A)      with A [r, in], B [out, r], s = alpha / r  (alpha / √r with rsLoRA)
+
+Hu et al. 2022, equation 3; Kalajdzievski 2023 for √r. The fold is float32 in one fixed order, so
+that it gives the same bits on every machine, which a BLAS product does not: the sum over the
+ranks runs upwards from zero, every product and every sum is rounded, then s multiplies the sum,
+then W0 is added. Slots that the adapter does not touch are the base's own, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod, sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from evomerge.checkpoint import (
+    MERGEABLE,
+    Checkpoint,
+    TensorEntry,
+    inside,
+    read_header,
+    read_json_mapping,
+    to_float32,
+)
+from evomerge.errors import ModelError
+
+F32 = npt.NDArray[np.float32]
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])\.weight\Z")
+#: Elements of one block of rows: block, product and factor stay within the second-level cache.
+_BLOCK = 1 << 16
+#: A quantified group can take exponential time on a name; peft's own patterns never have one.
+_UNSAFE_PATTERN = re.compile(r"\)[*+?{]")
+_REMEDY = "merge it into its base with peft's merge_and_unload, and give the merged checkpoint"
+#: Initialisations that leave the base's weights as they are.
+_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """The change of one slot.
+
+    Attributes:
+        base: the slot's weights in the base [out, in], or [in, out] where transposed.
+        a: A [r, in].
+        b: B [out, r].
+        scaling: s, in float64; rounded once to float32.
+        transposed: the slot is stored as [in, out] (GPT-2's Conv1D, ``fan_in_fan_out``).
+    """
+
+    base: TensorEntry
+    a: TensorEntry
+    b: TensorEntry
+    scaling: float
+    transposed: bool
+
+    def fold(self) -> F32:
+        """Return W0 + s·(B·A), flat, laid out as the slot [rows x columns]."""
+        origin = _matrix(self.base)
+        a, b = _matrix(self.a), _matrix(self.b)
+        left, right = (a.T, b.T) if self.transposed else (b, a)  # [rows, r], [r, columns]
+        right = np.ascontiguousarray(right)
+        folded = np.empty(origin.shape, np.float32)
+        step = max(_BLOCK // max(origin.shape[1], 1), 1)
+        for first in range(0, len(origin), step):
+            rows = slice(first, first + step)
+            total = np.zeros(folded[rows].shape, np.float32)
+            product = np.empty_like(total)
+            for rank in range(len(right)):
+                np.multiply(left[rows, rank, None], right[rank], out=product)
+                total += product
+            total *= np.float32(self.scaling)
+            np.add(origin[rows], total, out=folded[rows])
+        return folded.reshape(-1)
+
+
+def _matrix(entry: TensorEntry) -> F32:
+    return to_float32(entry.read(), entry.dtype).reshape(entry.shape)
+
+
+def is_adapter(directory: Path) -> bool:
+    """Tell whether a directory holds a peft adapter and no full checkpoint."""
+    full = ("config.json", "model.safetensors", "model.safetensors.index.json")
+    return (directory / _CONFIG).exists() and not any((directory / name).exists() for name in full)
+
+
+def open_adapter(
+    source: str, directory: Path, name: str, base: Checkpoint, where: str
+) -> Checkpoint:
+    """Return a LoRA adapter as an expert: the base's tensors, some of them folded.
+
+    Args:
+        source: as the user wrote it.
+        directory: where it lies.
+        name: short name in the study.
+        base: what the adapter is folded into.
+        where: dotted path in the study file, for messages.
+
+    Raises:
+        ModelError: every feature and tensor that cannot be folded, one per line.
+    """
+    config = read_json_mapping(directory / _CONFIG, where)
+    problems = [
+        f"{where}: {directory.name} uses {feature} ({_REMEDY})" for feature in _unsupported(config)
+    ]
+    if problems:
+        raise ModelError("\n".join(problems))
+    if not (directory / _WEIGHTS).exists() and any(directory.glob("adapter_model.*")):
+        raise ModelError(
+            f"{where}: {directory.name}: only pickled weights, which can run code on loading "
+            "(save the adapter again with safe_serialization=True)"
+        )
+    weights = inside(directory, _WEIGHTS, where)
+    entries, _ = read_header(weights, where)
+    changes = _changes(config, _factors(entries, where), base, where)
+    return Checkpoint(
+        name=name,
+        source=source,
+        directory=directory,
+        config=base.config,
+        tensors=dict(base.tensors)
+        | {slot: _folded_entry(directory, change.base) for slot, change in changes.items()},
+        fingerprint=_fingerprint(weights, changes),
+        folds={slot: change.fold for slot, change in changes.items()},
+    )
+
+
+def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the features that are no plain sum W0 + s·(B·A)."""
+    if config.get("peft_type") != "LORA":
+        yield f"peft_type {config.get('peft_type')!r}, only 'LORA' can be folded"
+    if config.get("use_dora"):
+        yield "DoRA (use_dora)"
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        yield f"trained biases (bias: {config.get('bias')})"
+    for key in (
+        "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
+        "megatron_config", "use_bdlora", "use_qalora", "alora_invocation_tokens", "arrow_config",
+        "kasa_config", "monteclora_config", "velora_config",
+    ):  # fmt: skip
+        if config.get(key):
+            yield key
+    start = config.get("init_lora_weights")
+    if start not in _PLAIN_STARTS:
+        yield f"init_lora_weights: {start}, which changes the base's weights too"
+
+
+def _factors(
+    entries: list[tuple[str, TensorEntry]], where: str
+) -> dict[str, dict[str, TensorEntry]]:
+    """Return module → {"A": entry, "B": entry}."""
+    factors: dict[str, dict[str, TensorEntry]] = {}
+    problems = []
+    for name, entry in sorted(entries):
+        match = _FACTOR.match(name)
+        if match and len(entry.shape) == 2 and entry.dtype in MERGEABLE:
+            factors.setdefault(match["module"], {})[match["factor"]] = entry
+        elif "lora_embedding" in name:
+            problems.append(f"{where}: {name}: LoRA of an embedding is not supported ({_REMEDY})")
+        elif match:
+            shape = "x".join(map(str, entry.shape))
+            problems.append(f"{where}: {name} is {entry.dtype} {shape}, no matrix ({_REMEDY})")
+        else:
+            problems.append(f"{where}: {name} is no factor of plain LoRA ({_REMEDY})")
+    problems += [
+        f"{where}: {module} has lora_{next(iter(pair))} only (the adapter is incomplete)"
+        for module, pair in factors.items()
+        if len(pair) != 2
+    ]
+    if not factors and not problems:
+        problems.append(f"{where}: the adapter has no tensors")
+    if problems:
+        raise ModelError("\n".join(problems))
+    return factors
+
+
+def _changes(
+    config: Mapping[str, Any],
+    factors: Mapping[str, Mapping[str, TensorEntry]],
+    base: Checkpoint,
+    where: str,
+) -> dict[str, LowRank]:
+    """Match the modules of an adapter with the base's tensors and check all shapes."""
+    problems: list[str] = []
+    matched: dict[str, tuple[str, Mapping[str, TensorEntry]]] = {}
+    prefixes = sorted({name.partition(".")[0] for name in base.tensors})
+    for module, pair in factors.items():
+        slot = _slot(module, base, prefixes)
+        if slot is None:
+            problems.append(
+                f"{where}: the adapter changes {module}, which has no tensor of its own in the "
+                f"base (use the adapter's own base, or {_REMEDY})"
+            )
+        elif slot in matched:
+            problems.append(f"{where}: {module} and {matched[slot][0]} are both {slot}")
+        else:
+            matched[slot] = module, pair
+            problems.extend(_shape_problems(module, slot, pair, base.tensors[slot], where))
+    if problems:
+        raise ModelError("\n".join(problems))
+    # peft sets fan_in_fan_out on loading where it meets a Conv1D, whatever the file says.
+    conv = bool(config.get("fan_in_fan_out")) or any(
+        not _fits(base.tensors[slot], pair, transposed=False) for slot, (_, pair) in matched.items()
+    )
+    return {
+        slot: LowRank(
+            base=base.tensors[slot],
+            a=pair["A"],
+            b=pair["B"],
+            scaling=_scaling(config, module, pair["A"].shape[0], where),
+            transposed=conv and _fits(base.tensors[slot], pair, transposed=True),
+        )
+        for slot, (module, pair) in sorted(matched.items())
+    }
+
+
+def _slot(module: str, base: Checkpoint, prefixes: Sequence[str]) -> str | None:
+    """Return the base's tensor of a module; one of the two may lack the model's prefix."""
+    name = f"{module}.weight"
+    names = [name, name.partition(".")[2], *(f"{prefix}.{name}" for prefix in prefixes)]
+    found = next((candidate for candidate in names if candidate in base.tensors), None)
+    return None if found == "lm_head.weight" and base.tied else found
+
+
+def _fits(slot: TensorEntry, pair: Mapping[str, TensorEntry], *, transposed: bool) -> bool:
+    shape = (pair["B"].shape[0], pair["A"].shape[1])
+    return slot.shape == (shape[::-1] if transposed else shape)
+
+
+def _shape_problems(
+    module: str, name: str, pair: Mapping[str, TensorEntry], slot: TensorEntry, where: str
+) -> Iterator[str]:
+    a, b = pair["A"].shape, pair["B"].shape
+    if a[0] != b[1]:
+        yield f"{where}: {module}: A is {_by(a)} and B is {_by(b)}, their ranks differ"
+    elif slot.dtype not in MERGEABLE:
+        yield f"{where}: {module}: {name} is {slot.dtype} in the base, which cannot be merged"
+    elif not any(_fits(slot, pair, transposed=way) for way in (False, True)):
+        yield (
+            f"{where}: {module}: B·A is {_by((b[0], a[1]))}, {name} is {_by(slot.shape)} in the "
+            "base (use the adapter's own base)"
+        )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _scaling(config: Mapping[str, Any], module: str, rank: int, where: str) -> float:
+    """Return s of one module; patterns as in peft: the first that ends the module's name."""
+    try:
+        expected = int(_pattern_value(config.get("rank_pattern"), module, config["r"]))
+        alpha = float(_pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"]))
+    except (KeyError, TypeError, ValueError, re.error) as error:
+        raise ModelError(f"{where}: {_CONFIG}: no valid r and lora_alpha ({error})") from error
+    if expected != rank or rank == 0:
+        raise ModelError(
+            f"{where}: {module} has rank {rank}, {_CONFIG} says {expected} (the adapter's files "
+            "do not belong together)"
+        )
+    return alpha / sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _pattern_value(patterns: Mapping[str, Any] | None, module: str, default: object) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if _UNSAFE_PATTERN.search(pattern) or len(pattern) > 256:
+            raise ValueError(f"pattern {pattern[:60]!r} is not allowed")
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _folded_entry(directory: Path, base: TensorEntry) -> TensorEntry:
+    """Return the entry of a computed tensor; its shard does not exist, so nobody reads it raw."""
+    size = 4 * prod(base.shape)
+    return TensorEntry(directory / f"(folded from {_WEIGHTS})", "F32", base.shape, 0, size)
+
+
+def _fingerprint(weights: Path, changes: Mapping[str, LowRank]) -> str:
+    """Return a digest of all of the weights, and of how they are applied."""
+    rows = [(slot, change.scaling, change.transposed) for slot, change in changes.items()]
+    digest = hashlib.blake2b(json.dumps(rows).encode(), digest_size=16)
+    with weights.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,93 @@
+"""A directory that appears whole or not at all.
+
+Everything is written into a temporary neighbour, made durable, then renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from evomerge.errors import InputError, StorageError
+
+_SPARE_BYTES = 64 << 20
+
+
+def require_free(out: Path) -> None:
+    """Refuse a place that is taken, and make its parent.
+
+    Raises:
+        InputError: ``out`` is a file, a link, or not empty, or its parent cannot be made.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise InputError(f"{out}: is in the way and no directory (choose a new one)")
+    try:
+        if out.exists() and any(out.iterdir()):
+            raise InputError(f"{out}: exists and is not empty (choose a new directory)")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}") from error
+
+
+def require_space(out: Path, needed_bytes: int) -> None:
+    """Refuse to begin what the disk cannot hold; some room is left for small files.
+
+    Raises:
+        StorageError: says what is needed and what is free.
+    """
+    needed = needed_bytes + _SPARE_BYTES
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise StorageError(
+            f"{out}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free "
+            "(free some space, or choose another disk)"
+        )
+
+
+@contextmanager
+def atomic_directory(out: Path) -> Iterator[Path]:
+    """Yield a temporary directory that becomes ``out`` when the block ends without an error.
+
+    Args:
+        out: absolute; free, see ``require_free``.
+
+    Raises:
+        StorageError: the disk is full.
+        InputError: it cannot be written for another reason.
+    """
+    temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        temporary.mkdir()
+        yield temporary
+        publish(temporary, out)
+    except OSError as error:
+        raise _storage_error(out, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: Path, out: Path) -> None:
+    """Make everything durable, then let it appear under its name."""
+    for path in (*sorted(temporary.iterdir()), temporary):
+        _fsync(path)
+    temporary.rename(out)
+    _fsync(out.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _storage_error(out: Path, error: OSError) -> InputError | StorageError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(f"{out}: the disk is full; nothing was left behind (free some space)")
+    return InputError(f"{out}: cannot be written: {error.strerror or error}")

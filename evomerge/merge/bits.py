@@ -1,0 +1,84 @@
+"""Floats and hashes as bits, for the compiled kernels."""
+
+# numba compiles these functions from their source; the annotations are for readers only.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+#: No ``fastmath``: multiplications and additions are rounded separately, as in NumPy.
+jit = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+
+@intrinsic
+def pointer(typingctx, address):
+    """Turn an integer address into a pointer."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic
+def float_of(typingctx, bits):
+    """Read 32 bits as a float."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def bits_of(typingctx, value):
+    """Read a float as 32 bits."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), codegen
+
+
+@jit
+def bf16_of(value):
+    """Round a float to bfloat16 bits, to nearest even; NaN stays a quiet NaN."""
+    bits = bits_of(value)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+    nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.uint16(0x7FC0) if nan else rounded
+
+
+@jit
+def mix(value):
+    """Finalize 32 bits so that every input bit reaches every output bit (Appleby's fmix32).
+
+    numba widens uint32 products and sums to 64 bits, so every step is cut back by hand.
+    """
+    value = np.uint32(value ^ (value >> np.uint32(16)))
+    value = np.uint32(value * np.uint32(0x85EBCA6B))
+    value = np.uint32(value ^ (value >> np.uint32(13)))
+    value = np.uint32(value * np.uint32(0xC2B2AE35))
+    return np.uint32(value ^ (value >> np.uint32(16)))
+
+
+@jit
+def offset_of(key, index):
+    """Return what an expert's hash adds for the upper half of a 64-bit element index."""
+    return mix(np.uint32(np.uint32(index >> np.int64(32)) ^ key))
+
+
+@jit
+def draw(low, factor, offset):
+    """Return 32 uniform bits for the lower half of an element index.
+
+    The factor is odd, so that every expert sees the elements in an order of its own.
+    """
+    return mix(np.uint32(np.uint32(low * factor) + offset))

@@ -1,0 +1,169 @@
+"""Hands plans to the compiled kernels: tables of addresses, and which kernel applies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from evomerge.merge.plan import (
+    ALWAYS,
+    F32,
+    Curves,
+    Elect,
+    Plan,
+    Rule,
+    Select,
+    ZeroSum,
+)
+from evomerge.merge.sources import Bits, Sources, address
+
+_FUSED = {"F32": (np.float32, 4), "BF16": (np.uint16, 2)}
+_FUSED_RULES = (Rule.LINEAR, Rule.SUM, Rule.ELECT)
+
+
+class Tables:
+    """Addresses and dtypes per slot, as the kernels take them.
+
+    Args:
+        sources: base and experts.
+        outputs: one flat array of bits per slot, None for slots that are not wanted.
+        dtype: safetensors name of the outputs' dtype.
+    """
+
+    def __init__(self, sources: Sources, outputs: Sequence[Bits | None], dtype: str) -> None:
+        from evomerge.merge.kernels import CODES
+
+        slots, experts = len(sources.layout.slots), sources.experts
+        self.dtype = dtype
+        self.out_code = CODES[dtype]
+        self.out = np.zeros(slots, np.int64)
+        self.base = np.zeros(slots, np.int64)
+        self.base_code = np.zeros(slots, np.int64)
+        self.experts = np.zeros((slots, experts), np.int64)
+        self.codes = np.zeros((slots, experts), np.int64)
+        self.canonical = np.asarray(sources.layout.offsets, np.int64)
+        self._keep: list[npt.NDArray[Any]] = []  # the arrays must outlive their addresses
+        dtypes = {dtype}
+        for slot, output in enumerate(outputs):
+            if output is None:
+                continue
+            bits, code = sources.base(slot)
+            dtypes.add(code)
+            self.out[slot], self.base[slot] = address(output), address(bits)
+            self.base_code[slot] = CODES[code]
+            self._keep += [output, bits]
+            for k in range(experts):
+                bits, code = sources.expert(slot, k)
+                dtypes.add(code)
+                self.experts[slot, k], self.codes[slot, k] = address(bits), CODES[code]
+                self._keep.append(bits)
+        #: All of one dtype, and few enough experts for the fused kernels.
+        self.uniform = len(dtypes) == 1 and dtype in _FUSED and experts <= 4
+
+
+def hash_keys(seed: int, experts: int) -> npt.NDArray[np.uint32]:
+    """Return the key of each expert's counter hash [K], from the recipe's seed."""
+    mask = 0xFFFFFFFF
+    keys = [
+        ((seed & mask) * 0x85EBCA6B ^ (seed >> 32) ^ ((k + 1) * 0x9E3779B9)) & mask
+        for k in range(experts)
+    ]
+    return np.asarray(keys, np.uint32)
+
+
+def ballots(plan: Plan) -> F32:
+    """Return the weight of each expert's vote [S, K]."""
+    if plan.rule is Rule.ELECT and plan.elect is Elect.UNWEIGHTED:
+        # An expert with weight 0 is skipped, so it has no vote either.
+        return (plan.weights != 0).astype(np.float32)
+    return plan.weights
+
+
+def launch(plan: Plan, tables: Tables, work: npt.NDArray[np.int64]) -> None:
+    """Run one kernel over some pieces of work.
+
+    Args:
+        plan: of a recipe.
+        tables: where everything lies.
+        work: (span, slot, first element, elements) [N, 4].
+    """
+    if plan.rule is Rule.LINEAR:
+        _launch_linear(plan, tables, work)
+        return
+    spans, experts = plan.weights.shape
+    select = plan.select or Select.everything(spans, experts)
+    fused = (
+        tables.uniform
+        and plan.rule in _FUSED_RULES
+        and select.curves is None
+        and not (plan.rule is Rule.ELECT and plan.elect is Elect.COUNT)
+    )
+    (_launch_fused if fused else _launch_rule)(plan, select, tables, work)
+
+
+def _launch_linear(plan: Plan, tables: Tables, work: npt.NDArray[np.int64]) -> None:
+    from evomerge.merge import fused, kernels
+
+    if tables.uniform:
+        dtype, width = _FUSED[tables.dtype]
+        fused.run_linear(
+            work, tables.out, tables.base, tables.experts, plan.base, plan.weights, dtype, width
+        )
+        return
+    kernels.run_linear(
+        work, tables.out, tables.out_code, tables.base, tables.base_code,
+        tables.experts, tables.codes, plan.base, plan.weights, kernels.HALF,
+    )  # fmt: skip
+
+
+def _launch_fused(plan: Plan, select: Select, tables: Tables, work: npt.NDArray[np.int64]) -> None:
+    from evomerge.merge import fused
+
+    dtype, width = _FUSED[tables.dtype]
+    summing = plan.rule is Rule.SUM
+    fused.run_select(
+        work, tables.out, tables.base, tables.experts, plan.weights, ballots(plan), _shares(plan),
+        select.low, select.high, select.at_low, select.at_high, select.inside,
+        hash_keys(plan.seed, plan.weights.shape[1]), tables.canonical, _scale(plan), summing,
+        summing or plan.zero_sum is ZeroSum.PLUS, dtype, width,
+    )  # fmt: skip
+
+
+def _launch_rule(plan: Plan, select: Select, tables: Tables, work: npt.NDArray[np.int64]) -> None:
+    from evomerge.merge import kernels
+
+    spans, experts = plan.weights.shape
+    curves = select.curves or _no_curves(spans, experts)
+    summing = plan.rule is Rule.SUM
+    local = plan.local if plan.local is not None else np.zeros(spans, np.float32)
+    kernels.run_rule(
+        work, tables.out, tables.out_code, tables.base, tables.base_code, tables.experts,
+        tables.codes, plan.weights, ballots(plan), _shares(plan), select.low, select.high,
+        select.at_low, select.at_high, select.inside, curves.first, curves.start, curves.length,
+        curves.passing, curves.gain, select.curves is not None, hash_keys(plan.seed, experts),
+        tables.canonical, _scale(plan), local, int(plan.rule),
+        plan.rule is Rule.ELECT and plan.elect is Elect.COUNT,
+        summing or plan.zero_sum is ZeroSum.PLUS, kernels.HALF,
+    )  # fmt: skip
+
+
+def _shares(plan: Plan) -> F32:
+    return plan.shares if plan.shares is not None else np.zeros_like(plan.weights)
+
+
+def _scale(plan: Plan) -> F32:
+    return plan.scale if plan.scale is not None else np.ones(len(plan.base), np.float32)
+
+
+def _no_curves(spans: int, experts: int) -> Curves:
+    shape = (spans, experts)
+    return Curves(
+        first=np.zeros(shape, np.int32),
+        start=np.zeros(shape, np.int64),
+        length=np.ones(shape, np.int64),
+        passing=np.full(1, ALWAYS, np.uint32),
+        gain=np.ones(1, np.float32),
+    )
