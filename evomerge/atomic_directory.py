@@ -57,7 +57,7 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         out: absolute; free, see ``require_free``.
 
     Raises:
-        StorageError: the disk is full.
+        StorageError: the disk is full, or takes no file as large.
         InputError: it cannot be written for another reason.
     """
     temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
@@ -90,4 +90,9 @@ def _fsync(path: Path) -> None:
 def _storage_error(out: Path, error: OSError) -> InputError | StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"{out}: the disk is full; nothing was left behind (free some space)")
+    if error.errno == errno.EFBIG:
+        return StorageError(
+            f"{out}: a file is larger than this disk or process may write; nothing was left "
+            "behind (use a smaller --max-shard-size, or another disk)"
+        )
     return InputError(f"{out}: cannot be written: {error.strerror or error}")

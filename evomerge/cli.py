@@ -100,6 +100,10 @@ def _study_directory(text: str) -> Path:
     """Return the study directory of a study file or directory."""
     path = Path(text)
     if path.is_file():
+        from evomerge.presentation import STUDY_FILE
+
+        if path.name == STUDY_FILE and (path.parent / "journal.jsonl").exists():
+            return path.parent
         from evomerge.config import load
         from evomerge.prepare import study_directory
 

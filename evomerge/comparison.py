@@ -16,15 +16,17 @@ class Difference:
     Attributes:
         value: mean over the objectives of the mean item difference; positive is better.
         standard_error: of ``value``, from the paired item differences.
+        items: of the objective that has fewest.
     """
 
     value: float
     standard_error: float
+    items: int
 
     @property
     def clear(self) -> bool:
-        """Whether the difference stands outside twice its standard error."""
-        return abs(self.value) > 2 * self.standard_error
+        """Whether the difference stands outside twice its standard error; never on one item."""
+        return self.items > 1 and abs(self.value) > 2 * self.standard_error
 
 
 def paired_difference(
@@ -32,8 +34,9 @@ def paired_difference(
 ) -> Difference:
     """Compare two evaluations of the same items, item by item.
 
-    The items of different objectives are independent, so the variance of the mean over m
-    objectives is ``Σ_j s_j² / n_j / m²`` with s_j² the sample variance of the differences.
+    The items of different objectives count as independent, so the variance of the mean over m
+    objectives is ``Σ_j s_j² / n_j / m²`` with s_j² the sample variance of the differences. Two
+    metrics of one task share their items: then this is too small, by √m at most.
 
     Args:
         objectives: [m]; a minimised objective counts with its sign turned.
@@ -54,4 +57,5 @@ def paired_difference(
             squares = math.fsum((value - mean) ** 2 for value in differences)
             variance += squares / (count - 1) / count
     m = len(objectives)
-    return Difference(total / m, math.sqrt(variance) / m)
+    fewest = min(len(score.items) for score in ours.scores)
+    return Difference(total / m, math.sqrt(variance) / m, fewest)

@@ -28,7 +28,7 @@ from evomerge.model_card import CardFacts, model_card
 from evomerge.models import Models
 from evomerge.presentation import front_data, study_name
 from evomerge.recipe import ModelRef, Recipe
-from evomerge.scoring import Scoring, lm_eval_command, lm_eval_runs
+from evomerge.scoring import Scoring, lm_eval_command, lm_eval_notes, lm_eval_runs
 from evomerge.study_record import SPLITS, Split
 from evomerge.study_view import StudyView
 from evomerge.trial import Evaluation, TrialState
@@ -50,6 +50,7 @@ class Exported:
         mergekit: whether there is a mergekit configuration; else ``mergekit_reason`` says why.
         mergekit_reason: see ``mergekit``.
         commands: lm_eval commands that repeat the scores, for this machine.
+        notes: what else it takes to repeat them.
         expected: value of each objective that they must give.
         split: which items they score.
     """
@@ -61,6 +62,7 @@ class Exported:
     mergekit: bool
     mergekit_reason: str
     commands: tuple[str, ...]
+    notes: tuple[str, ...]
     expected: Mapping[str, float]
     split: str
 
@@ -141,6 +143,7 @@ def export(
         mergekit=mergekit.text is not None,
         mergekit_reason=mergekit.reason,
         commands=tuple(_commands(view, recipe, scoring, split, out)),
+        notes=tuple(_notes(view, scoring, split)),
         expected=_values(view, number, split),
         split=split,
     )
@@ -217,9 +220,10 @@ def _documents(
         runs = lm_eval_runs(scoring, view.contract["items"][split])
         for index, run in enumerate(runs):
             files[_samples_name(index)] = json.dumps(run.samples) + "\n"
-    scores = _scores(view, number, recipe, split, commands)
+    notes = _notes(view, scoring, split)
+    scores = _scores(view, number, recipe, split, commands, notes)
     files[SCORES_FILE] = json.dumps(scores, indent=1, allow_nan=False) + "\n"
-    files["README.md"] = model_card(_card(view, number, recipe, mergekit, commands, shown))
+    files["README.md"] = model_card(_card(view, number, recipe, mergekit, commands, notes, shown))
     return files
 
 
@@ -237,6 +241,12 @@ def _commands(
         lm_eval_command(scoring, run, str(shown), recipe.dtype, str(shown / _samples_name(index)))
         for index, run in enumerate(runs)
     ]
+
+
+def _notes(view: StudyView, scoring: Scoring | None, split: Split) -> list[str]:
+    if scoring is None:
+        return []
+    return lm_eval_notes(scoring, lm_eval_runs(scoring, view.contract["items"][split]))
 
 
 def _evaluation(view: StudyView, number: int, split: Split) -> Evaluation | None:
@@ -259,7 +269,12 @@ def _values(view: StudyView, number: int, split: Split) -> dict[str, float]:
 
 
 def _scores(
-    view: StudyView, number: int, recipe: Recipe, split: Split, commands: list[str]
+    view: StudyView,
+    number: int,
+    recipe: Recipe,
+    split: Split,
+    commands: list[str],
+    notes: list[str],
 ) -> dict[str, Any]:
     objectives: dict[str, Any] = {}
     for index, objective in enumerate(view.objectives):
@@ -290,6 +305,7 @@ def _scores(
             "items": dict(zip(names, view.contract["items"][split], strict=True)),
             "run_from": "the folder of the study file",
             "commands": commands,
+            "notes": notes,
             "versions": view.contract["identity"].get("versions", {}),
         },
     }
@@ -301,6 +317,7 @@ def _card(
     recipe: Recipe,
     mergekit: MergekitConfig,
     commands: list[str],
+    notes: list[str],
     shown: Path,
 ) -> CardFacts:
     data = front_data(view)
@@ -335,5 +352,6 @@ def _card(
         mergekit=mergekit.text or "",
         mergekit_reason=mergekit.reason,
         commands=commands,
+        notes=notes,
         version=__version__,
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from evomerge.comparison import Difference, paired_difference
 from evomerge.export import Exported
 from evomerge.prepare import Prepared
 from evomerge.study_view import StudyView
-from evomerge.trial import Evaluation, Trial
+from evomerge.trial import Evaluation, Objective, Trial
 
 
 def plan_facts(prepared: Prepared) -> dict[str, Any]:
@@ -109,16 +111,58 @@ def trial_name(trial: Trial) -> str:
     return trial.label or f"trial {trial.number}"
 
 
-def gains(view: StudyView) -> list[tuple[str, Difference]]:
-    """Return what the recommended merge gains over each baseline shown, paired, on test items."""
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What the recommended merge gains over a baseline.
+
+    Attributes:
+        against: name of the baseline.
+        objective: name of the objective, empty for the mean of all.
+        difference: positive where the recommended merge is better.
+    """
+
+    against: str
+    objective: str
+    difference: Difference
+
+
+def one_unit(objectives: Sequence[Objective]) -> bool:
+    """Return whether gains in the objectives can be averaged."""
+    return len({objective.unit for objective in objectives}) == 1
+
+
+def gains(view: StudyView) -> list[Gain]:
+    """Return what the recommended merge gains over each baseline shown, paired, on test items.
+
+    In the mean of the objectives where they have one unit, else in each of them.
+    """
     if view.knee is None or view.knee not in view.test:
         return []
     ours = view.test[view.knee]
-    return [
-        (trial_name(trial), paired_difference(view.objectives, ours, view.test[trial.number]))
+    rivals = [
+        trial
         for trial in front_rows(view)
         if trial.kind == "baseline" and trial.number != view.knee and trial.number in view.test
     ]
+    columns = range(len(view.objectives))
+    groups = [list(columns)] if one_unit(view.objectives) else [[column] for column in columns]
+    return [
+        Gain(
+            trial_name(trial),
+            view.objectives[group[0]].name if len(groups) > 1 else "",
+            paired_difference(
+                [view.objectives[column] for column in group],
+                _columns(ours, group),
+                _columns(view.test[trial.number], group),
+            ),
+        )
+        for trial in rivals
+        for group in groups
+    ]
+
+
+def _columns(evaluation: Evaluation, columns: Sequence[int]) -> Evaluation:
+    return Evaluation(tuple(evaluation.scores[column] for column in columns), {})
 
 
 def front_facts(view: StudyView) -> dict[str, Any]:
@@ -131,12 +175,13 @@ def front_facts(view: StudyView) -> dict[str, Any]:
         "merges": [_merge_facts(view, trial) for trial in front_rows(view)],
         "gains": [
             {
-                "against": name,
-                "mean": difference.value,
-                "standard_error": difference.standard_error,
-                "clear": difference.clear,
+                "against": gain.against,
+                **({"objective": gain.objective} if gain.objective else {}),
+                "mean": gain.difference.value,
+                "standard_error": gain.difference.standard_error,
+                "clear": gain.difference.clear,
             }
-            for name, difference in gains(view)
+            for gain in gains(view)
         ],
     }
 
@@ -182,4 +227,5 @@ def export_facts(exported: Exported) -> dict[str, Any]:
         "scored on": exported.split,
         "scores": [f"{name} {value!r}" for name, value in exported.expected.items()],
         "repeat": list(exported.commands),
+        **({"notes": list(exported.notes)} if exported.notes else {}),
     }

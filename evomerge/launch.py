@@ -16,8 +16,12 @@ from evomerge.study import Phase, Progress, Study, StudyListener
 from evomerge.study_record import Result, Split
 from evomerge.study_view import StudyView
 from evomerge.tracking import Tracker, sync
-from evomerge.tracking_target import Synced, Target, tracking_target
+from evomerge.tracking_target import Synced, Target, anchored_uri, tracking_target
 from evomerge.trial import Trial
+
+#: How long MLflow may take for what is left: at the end, and when the study is stopped. What it
+#: lacks then is sent by the next run, or by ``evomerge sync``.
+_END_SECONDS, _STOP_SECONDS = 30.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def run(prepared: Prepared, listeners: Sequence[StudyListener]) -> Finished:
     Raises:
         EvomergeError: as ``Study.run``.
     """
-    target = _target(prepared.file, prepared.directory)
+    target = _target(prepared.file, prepared.directory, prepared.root)
     parallel = prepared.parallel
     if (prepared.directory / JOURNAL_FILE).exists() and prepared.file.search.parallel is None:
         # The window is part of the replay contract; the number of workers may have changed.
@@ -69,21 +73,25 @@ def run(prepared: Prepared, listeners: Sequence[StudyListener]) -> Finished:
         scalarise=prepared.scalarise,
         finalists=prepared.file.search.finalists,
         listeners=[*listeners, tracking],
+        on_open=lambda: save_resolved(prepared.file, prepared.directory, prepared.root),
     )
     try:
         view = study.run()
-    finally:
-        tracking.close()
+    except BaseException:
+        tracking.close(_STOP_SECONDS)
+        raise
+    tracking.close(_END_SECONDS)
     tracker = tracking.tracker
     if tracker is None:
         return Finished(view, target, None, "")
     return Finished(view, target, tracker.synced, tracker.problem)
 
 
-def _target(file: StudyFile, directory: Path) -> Target | None:
+def _target(file: StudyFile, directory: Path, root: Path) -> Target | None:
     if not file.tracking.enabled:
         return None
-    uri = file.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+    given = file.tracking.uri
+    uri = anchored_uri(given, root) if given else os.environ.get("MLFLOW_TRACKING_URI") or None
     return tracking_target(uri, file.tracking.experiment, directory)
 
 
@@ -95,13 +103,26 @@ def _recorded_parallel(directory: Path) -> int | None:
     return int(value)
 
 
-def save_resolved(file: StudyFile, directory: Path) -> None:
-    """Write the study file with its defaults into the study's directory, atomically."""
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+def save_resolved(file: StudyFile, directory: Path, root: Path) -> None:
+    """Write the study file with its defaults into the study's directory, atomically.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    update: dict[str, object] = {"directory": file.directory or f"studies/{file.name}"}
+    if file.tracking.uri:
+        # ``evomerge sync`` knows the study's directory, not where the user's file lies.
+        uri = anchored_uri(file.tracking.uri, root)
+        update["tracking"] = file.tracking.model_copy(update={"uri": uri})
     temporary = directory / f".{STUDY_FILE}.tmp"
-    explicit = file.model_copy(update={"directory": file.directory or f"studies/{file.name}"})
-    temporary.write_text(explicit.to_yaml(), encoding="utf-8")
-    temporary.replace(directory / STUDY_FILE)
+    try:
+        temporary.write_text(file.model_copy(update=update).to_yaml(), encoding="utf-8")
+        temporary.replace(directory / STUDY_FILE)
+    except OSError as error:
+        raise StorageError(
+            f"{directory / STUDY_FILE}: cannot be written: {error.strerror or error} (free some "
+            "space or mend the directory, then run the same command again)"
+        ) from error
 
 
 def sync_study(directory: Path) -> Synced:
@@ -116,7 +137,7 @@ def sync_study(directory: Path) -> Synced:
     path = directory / STUDY_FILE
     if not path.exists():
         raise InputError(f"{directory}: no {STUDY_FILE} there (evomerge run writes it)")
-    target = _target(load(path), directory)
+    target = _target(load(path), directory, directory)
     if target is None:
         raise InputError(f"{path}: tracking.enabled is false")
     return sync(project(StudyView.load(directory)), target)
@@ -153,10 +174,9 @@ class _Tracking(StudyListener):
             return
         if self.tracker is None:
             directory = self._prepared.directory
-            save_resolved(self._prepared.file, directory)
             self.tracker = Tracker(lambda: project(StudyView.load(directory)), self._target)
         self.tracker.notify()
 
-    def close(self) -> None:
+    def close(self, seconds: float) -> None:
         if self.tracker is not None:
-            self.tracker.close()
+            self.tracker.close(seconds)

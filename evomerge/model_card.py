@@ -28,6 +28,7 @@ class CardFacts:
         mergekit: the mergekit configuration; empty when there is none.
         mergekit_reason: why there is none.
         commands: lm_eval commands that repeat the scores.
+        notes: what else it takes to repeat them.
         version: of evomerge.
     """
 
@@ -42,6 +43,7 @@ class CardFacts:
     mergekit: str
     mergekit_reason: str
     commands: Sequence[str]
+    notes: Sequence[str]
     version: str
 
 
@@ -143,7 +145,8 @@ def _reproduction(facts: CardFacts) -> str:
     if not facts.commands:
         return ""
     commands = "\n".join(facts.commands)
+    notes = "".join(f"\n{note}\n" for note in facts.notes)
     return (
         "## Reproduce the scores\n\nFrom the folder of the study file, with this directory's path "
-        f"in the place of the model's:\n\n```sh\n{commands}\n```\n"
+        f"in the place of the model's:\n\n```sh\n{commands}\n```\n{notes}"
     )

@@ -246,7 +246,7 @@ def _vocabulary(directory: Path, where: str) -> dict[str, int] | None:
         return tokens | {str(one["content"]): int(one["id"]) for one in added}
     except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(
-            f"{where}: {directory.name}/tokenizer.json: no valid vocabulary ({error}) "
+            f"{where}: {directory.name}/tokenizer.json: no valid vocabulary "
             "(save the tokenizer again)"
         ) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 from evomerge.checkpoint import resolve_source
@@ -22,13 +23,19 @@ from evomerge.layout import Partition, parse_spec, partition, resolve_partition
 from evomerge.merge.masses import task_vector_masses
 from evomerge.merge.methods import METHODS, Method, Scope
 from evomerge.merge.sources import Sources
+from evomerge.merge.writer import COMPANIONS
 from evomerge.models import Models, open_models
 from evomerge.pool import Pool, SerialPool
 from evomerge.search.baselines import Baseline, baselines
 from evomerge.search.protocol import Searcher, SearchProblem
-from evomerge.search.registry import argument_problems, find_searcher, make_searcher
+from evomerge.search.registry import (
+    argument_problems,
+    check_arguments,
+    find_searcher,
+    make_searcher,
+)
 from evomerge.space import Range, Space
-from evomerge.worker import ModelWorkerFactory
+from evomerge.worker import ModelWorkerFactory, load_tokenizer
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -98,12 +105,24 @@ class Prepared:
             "name": str(self.file.name),
             "blocks": list(self.space.blocks),
             "searcher": self.file.search.searcher,
-            "arguments": dict(self.file.search.arguments),
+            "arguments": check_arguments(self.file.search.searcher, self.file.search.arguments),
             "space": self.space.digest,
             "fitness": self.tasks.digest,
             "models": [self.models.base.fingerprint]
             + [expert.fingerprint for expert in self.models.experts],
+            "base_files": _file_digests(self.models.base.directory),
+            "batch_size": self.file.fitness.batch_size,
+            "device": self.file.pool.device,
         }
+
+
+def _file_digests(directory: Path) -> dict[str, str]:
+    """Return digests of what decides scores beside the weights: config and tokenizer."""
+    return {
+        name: blake2b((directory / name).read_bytes(), digest_size=16).hexdigest()
+        for name in ("config.json", *COMPANIONS)
+        if (directory / name).is_file()
+    }
 
 
 def study_directory(file: StudyFile, root: Path) -> Path:
@@ -140,6 +159,10 @@ def prepare(file: StudyFile, path: Path) -> Prepared:
     attempt("columns", lambda: _columns(file))
     attempt("models", lambda: _open(file, root))
     attempt("tasks", lambda: _load_tasks(file, root))
+    models = found.get("models")
+    if isinstance(models, Models):
+        base = models.base.directory
+        attempt("tokenizer", lambda: load_tokenizer(base))
     tasks = found.get("tasks")
     if isinstance(tasks, LmEvalTasks):
         loaded = tasks
@@ -148,7 +171,7 @@ def prepare(file: StudyFile, path: Path) -> Prepared:
         if found.get("setup") and len(problems) == 1:
             raise SetupError(problems[0])
         raise StudyFileError(str(path), problems)
-    models, columns, splits = found["models"], found["columns"], found["splits"]
+    columns, splits = found["columns"], found["splits"]
     assert isinstance(models, Models)
     assert isinstance(tasks, LmEvalTasks)
     assert isinstance(columns, dict)

@@ -15,8 +15,8 @@ from evomerge.projection import Projection, Step, metric_name
 from evomerge.study_view import StudyView
 from evomerge.trial import Evaluation, Trial, TrialState
 
-#: The resolved study file, beside the journal.
-STUDY_FILE = "study.yaml"
+#: The resolved study file, beside the journal; never the name of the user's own file.
+STUDY_FILE = "study.resolved.yaml"
 _SECRETS = (
     (re.compile(r"(://)[^/\s@]+@"), r"\1"),  # user:password@ in addresses
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_***"),

@@ -36,6 +36,10 @@ _OBJECT_STORE_BYTES = 128 * 2**20
 #: Longest sleep inside Ray, so that a signal is noticed.
 _SLICE_SECONDS = 0.5
 
+#: Seconds until the next try after a replacement could not start, doubled up to the last: the
+#: memory of a dead worker may not be free yet, its node may be coming back.
+_RETRY_SECONDS = (2.0, 60.0)
+
 
 class _Host:
     """Lives in the actor; holds the worker. Never raises, so that an error means a death."""
@@ -88,7 +92,10 @@ class _Entry:
 
 @dataclass
 class _Slot:
-    """One place for an actor; ``ref`` is what it is busy with (starting, or a job)."""
+    """One place for an actor; ``ref`` is what it is busy with (starting, or a job).
+
+    ``deadline`` is that of the start or the job, or of the next try where there is no actor.
+    """
 
     index: int
     generation: int = 0
@@ -112,9 +119,10 @@ class RayPool:
         cpus_per_worker: reserved in Ray, and the number of threads that libraries use.
         gpus_per_worker: reserved in Ray; fractions share a GPU.
         address: of a running cluster; default is ``RAY_ADDRESS``, else a local Ray is started.
-        max_attempts: a job whose worker died so often fails.
+        max_attempts: a job whose worker died so often fails; when no worker is left, so many
+            failed starts in a row end the pool.
         timeout: seconds for one job; its worker is killed and the job fails.
-        start_timeout: seconds until the first worker must be up.
+        start_timeout: seconds until the first worker, and every replacement, must be up.
 
     Raises:
         SetupError: Ray or the workers cannot start, or do not fit on the machine.
@@ -138,11 +146,13 @@ class RayPool:
         self._gpus = gpus_per_worker
         self._max_attempts = max_attempts
         self._timeout = math.inf if timeout is None else timeout
+        self._start_timeout = start_timeout
         self._queue: deque[_Entry] = deque()
         self._numbers: set[int] = set()
         self._finished: list[Outcome] = []
         self._slots = [_Slot(index) for index in range(workers)]
-        self._start_deaths = 0
+        self._failed_starts = 0
+        self._broken: EvomergeError | None = None
         self._facts: dict[str, str] = {}
         self._closed = False
         self._owned = not self._ray.is_initialized()
@@ -155,7 +165,7 @@ class RayPool:
             self._actor_class = self._make_actor_class()
             for slot in self._slots:
                 self._launch(slot)
-            self._await_first(start_timeout)
+            self._await_first()
         except BaseException:
             self.close()
             raise
@@ -177,13 +187,16 @@ class RayPool:
 
         Raises:
             CallOrderError: nothing is in flight, or the pool is closed.
-            EvomergeError: a dead worker cannot be replaced.
+            EvomergeError: no worker is left, and none can be started; first comes what finished.
         """
         check_wait(self._closed, bool(self._numbers))
         end = math.inf if timeout is None else time.monotonic() + timeout
         while True:
             left = 0.0 if self._finished else max(0.0, end - time.monotonic())
-            self._step(left)
+            if self._broken is None:
+                self._step(left)
+            if self._broken is not None and not self._finished:
+                raise self._broken
             if self._finished or time.monotonic() >= end:
                 break
         finished, self._finished = self._finished, []
@@ -268,19 +281,30 @@ class RayPool:
         slot.generation += 1
         slot.ready = False
         slot.entry = None
-        slot.deadline = math.inf
+        # A first worker may have to wait until its node joins.
+        slot.deadline = time.monotonic() + self._start_timeout if self._up else math.inf
         slot.actor = self._actor_class.remote(max(1, int(self._cpus)))
         slot.ref = slot.actor.start.remote(self._factory)
 
-    def _await_first(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not any(slot.ready for slot in self._slots):
+    def _await_first(self) -> None:
+        end = time.monotonic() + self._start_timeout
+        while not self._up:
             self._step(_SLICE_SECONDS)
+            if self._broken is not None:
+                raise self._broken
             if time.monotonic() >= end:
-                raise SetupError(
-                    f"pool: no worker came up within {seconds:g} s; the cluster may lack free "
-                    f"resources ({self._cpus:g} CPU, {self._gpus:g} GPU per worker)"
-                )
+                raise self._too_slow()
+
+    def _too_slow(self) -> SetupError:
+        return SetupError(
+            f"pool: no worker came up within {self._start_timeout:g} s; the cluster may lack free "
+            f"resources ({self._cpus:g} CPU, {self._gpus:g} GPU per worker)"
+        )
+
+    @property
+    def _up(self) -> bool:
+        """Whether a worker has ever been up; its facts are those of all."""
+        return bool(self._facts)
 
     # -- running ----------------------------------------------------------------------------
 
@@ -297,17 +321,19 @@ class RayPool:
     def _step(self, seconds: float) -> None:
         """Wait for something to happen, at most ``seconds``, and deal with all that did."""
         busy = {slot.ref: slot for slot in self._slots if slot.ref is not None}
-        now = time.monotonic()
-        due = min((slot.deadline for slot in busy.values()), default=math.inf) - now
+        due = min(slot.deadline for slot in self._slots) - time.monotonic()
         timeout = max(0.0, min(seconds, due, _SLICE_SECONDS))
-        refs = list(busy)
-        ready, _ = self._ray.wait(refs, num_returns=1, timeout=timeout)
+        refs, ready = list(busy), []
+        if refs:
+            ready, _ = self._ray.wait(refs, num_returns=1, timeout=timeout)
+        else:  # every worker is dead and waits for its next try
+            time.sleep(timeout)
         if ready:
             ready, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
         for ref in ready:
             self._on_ready(busy[ref])
         for slot in self._slots:
-            if slot.entry is not None and time.monotonic() >= slot.deadline:
+            if time.monotonic() >= slot.deadline:
                 self._on_timeout(slot)
         self._dispatch()
 
@@ -330,23 +356,43 @@ class RayPool:
 
     def _on_started(self, slot: _Slot, value: dict[str, str] | EvomergeError) -> None:
         if isinstance(value, EvomergeError):
-            raise value
+            self._on_failed_start(slot, value, 1 if not self._up else self._max_attempts)
+            return
         slot.ready = True
-        self._start_deaths = 0
+        slot.deadline = math.inf
+        self._failed_starts = 0
         self._facts = self._facts or value
+
+    def _on_failed_start(self, slot: _Slot, error: EvomergeError, enough: int) -> None:
+        """Try again later, unless ``enough`` starts in a row failed and no worker is left."""
+        self._kill(slot)
+        self._failed_starts += 1
+        if self._failed_starts >= enough and not any(other.ready for other in self._slots):
+            self._broken = self._broken or error
+            slot.deadline = math.inf
+            return
+        if not self._up:
+            self._launch(slot)
+            return
+        first, last = _RETRY_SECONDS
+        pause = min(first * 2.0 ** (self._failed_starts - 1), last)
+        slot.deadline = time.monotonic() + pause
+        logger.warning(
+            "worker %s could not start, next try in %.0f s: %s", slot.name, pause, one_line(error)
+        )
 
     def _on_death(self, slot: _Slot, error: Exception) -> None:
         entry = slot.entry
         logger.warning("worker %s died: %s", slot.name, one_line(error))
         self._kill(slot)
         if entry is None:
-            self._start_deaths += 1
-            if self._start_deaths >= self._max_attempts:
-                raise SetupError(
-                    f"pool: {self._start_deaths} workers in a row died while starting: "
-                    f"{one_line(error)} (out of memory is the usual cause)"
-                ) from error
-        elif entry.attempts >= self._max_attempts:
+            dead = SetupError(
+                f"pool: {self._failed_starts + 1} workers in a row died while starting: "
+                f"{one_line(error)} (out of memory is the usual cause)"
+            )
+            self._on_failed_start(slot, dead, self._max_attempts)
+            return
+        if entry.attempts >= self._max_attempts:
             message = f"killed its worker {entry.attempts} times: {one_line(error)}"
             self._finish(slot, Failure("crash", message))
         else:
@@ -354,6 +400,13 @@ class RayPool:
         self._launch(slot)
 
     def _on_timeout(self, slot: _Slot) -> None:
+        """End a job that took too long, or a start; or start a worker whose time has come."""
+        if slot.actor is None:
+            self._launch(slot)
+            return
+        if slot.entry is None:
+            self._on_failed_start(slot, self._too_slow(), self._max_attempts)
+            return
         self._kill(slot)
         message = f"took longer than {self._timeout:g} s; its worker was killed"
         self._finish(slot, Failure("timeout", message))

@@ -70,6 +70,29 @@ def lm_eval_runs(scoring: Scoring, items: Sequence[Sequence[str]]) -> list[LmEva
     return runs
 
 
+def lm_eval_notes(scoring: Scoring, runs: Sequence[LmEvalRun]) -> list[str]:
+    """Return what stands between the commands and the study's scores, one sentence each.
+
+    Args:
+        scoring: of the study.
+        runs: ``lm_eval_runs``.
+    """
+    notes = []
+    first, *others = scoring.include_path or ("",)
+    if others:
+        folders = ", ".join(public_path(path) for path in others)
+        notes.append(
+            "lm_eval takes one --include_path, the study used several folders: put the task files "
+            f"of {folders} into {public_path(first)} too, with the data that they name."
+        )
+    if len(runs) > 1:
+        notes.append(
+            f"The study scored all tasks together; lm_eval needs {len(runs)} calls, whose batches "
+            "hold other items, so values may differ by rounding."
+        )
+    return notes
+
+
 def lm_eval_command(
     scoring: Scoring, run: LmEvalRun, checkpoint: str, dtype: str, samples: str
 ) -> str:
@@ -86,7 +109,7 @@ def lm_eval_command(
     words += ["--model_args", f"pretrained={checkpoint},dtype={_DTYPES[dtype]}"]
     words += ["--tasks", ",".join(run.samples)]
     if scoring.include_path:
-        # lm_eval takes one folder; a study with several is told so beside the command.
+        # It takes one folder; ``lm_eval_notes`` tells what to do about the others.
         words += ["--include_path", public_path(scoring.include_path[0])]
     words += ["--samples", samples, "--batch_size", str(scoring.batch_size)]
     if run.num_fewshot is not None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from evomerge.checkpoint import is_local, resolve_source
 from evomerge.config import StudyFile, load
 from evomerge.export import Exported, choose, export
 from evomerge.models import Models, open_models
 from evomerge.one_shot import size_bytes
 from evomerge.prepare import task_specs
 from evomerge.presentation import STUDY_FILE
-from evomerge.recipe import Recipe
+from evomerge.recipe import ModelRef, Recipe
 from evomerge.scoring import Scoring
 from evomerge.study_view import StudyView
 
@@ -33,8 +34,8 @@ def export_trial(
     """
     size = size_bytes(shards, "--max-shard-size")
     number = choose(view, best=best, trial=trial)
-    models = _models(view.trial(number).recipe)
     root = study_root(view.directory)
+    models = _models(view.trial(number).recipe, view.directory, root)
     return export(view, number, models, out, _scoring(view), size, root)
 
 
@@ -47,13 +48,28 @@ def study_root(directory: Path) -> Path | None:
     inside = load(path).directory if path.exists() else None
     if inside is None or Path(inside).is_absolute() or ".." in Path(inside).parts:
         return None
-    return directory.resolve().parents[len(Path(inside).parts) - 1]
+    return (directory.resolve() / "_").parents[len(Path(inside).parts)]
 
 
-def _models(recipe: Recipe) -> Models:
-    """Open the models where the study found them."""
-    experts = [(expert.name, expert.source) for expert in recipe.experts]
-    return open_models(recipe.base.source, experts)
+def _models(recipe: Recipe, directory: Path, root: Path | None) -> Models:
+    """Open the models where the study file has them, else where the study found them.
+
+    A project that was moved has them elsewhere than its journal says. What does not fit the
+    recipe's fingerprints is refused when it is merged.
+    """
+    base, experts = "", dict[str, str]()
+    if root is not None:
+        section = load(directory / STUDY_FILE).models
+        base = resolve_source(section.base, root)
+        experts = {name: resolve_source(source, root) for name, source in section.experts.items()}
+
+    def place(ref: ModelRef, named: str) -> str:
+        return named if named and is_local(named) else ref.source
+
+    return open_models(
+        place(recipe.base, base),
+        [(ref.name, place(ref, experts.get(ref.name, ""))) for ref in recipe.experts],
+    )
 
 
 def _scoring(view: StudyView) -> Scoring | None:
@@ -67,7 +83,7 @@ def _scoring(view: StudyView) -> Scoring | None:
         tasks=tuple(spec.task for spec in specs),
         num_fewshot=tuple(spec.num_fewshot for spec in specs),
         include_path=_include_path(file),
-        batch_size=file.fitness.batch_size,
+        batch_size=view.contract["identity"].get("batch_size", file.fitness.batch_size),
         device=view.facts.get("device", ""),
         allow_task_code=file.fitness.allow_task_code,
     )

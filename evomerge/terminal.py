@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 from evomerge.errors import InputError
-from evomerge.facts import front_rows, gains, trial_name
+from evomerge.facts import front_rows, gains, one_unit, trial_name
 from evomerge.launch import Finished, run
 from evomerge.prepare import Prepared
 from evomerge.presentation import export_command, front_data
@@ -170,8 +170,10 @@ def front_table(view: StudyView) -> Table:
     for objective in view.objectives:
         arrow = "↑" if objective.direction is Direction.MAXIMIZE else "↓"
         table.add_column(f"{objective.name} {arrow}", justify="right")
-    several = len(view.objectives) > 1
-    if several:
+    # A mean of values that are not alike, or of which one is to be small, would say nothing.
+    directions = {objective.direction for objective in view.objectives}
+    mean = len(view.objectives) > 1 and len(directions) == 1 and one_unit(view.objectives)
+    if mean:
         table.add_column("mean", justify="right")
     for trial in front_rows(view):
         evaluation = scores.get(trial.number)
@@ -180,7 +182,7 @@ def front_table(view: StudyView) -> Table:
         on_front = trial.number in view.front
         name = trial_name(trial) + (" ★" if trial.number == view.knee else "")
         cells = [f"{score.value:.3f} ±{score.standard_error:.3f}" for score in evaluation.scores]
-        if several:
+        if mean:
             cells.append(f"{sum(evaluation.values) / len(evaluation.values):.3f}")
         style = "bold green" if trial.number == view.knee else ("green" if on_front else "dim")
         table.add_row(name, str(trial.number), *cells, style=style)
@@ -194,10 +196,12 @@ def gains_table(view: StudyView) -> Table | None:
         return None
     table = Table(title="The recommended merge against the baselines (paired, held-out items)")
     table.add_column("against")
-    table.add_column("mean gain", justify="right")
+    table.add_column("mean gain" if one_unit(view.objectives) else "gain", justify="right")
     table.add_column("standard error", justify="right")
     table.add_column("beyond 2 standard errors")
-    for name, difference in rows:
+    for gain in rows:
+        difference = gain.difference
+        name = f"{gain.against}, {gain.objective}" if gain.objective else gain.against
         verdict = "no" if not difference.clear else ("yes" if difference.value > 0 else "worse")
         table.add_row(name, f"{difference.value:+.3f}", f"{difference.standard_error:.3f}", verdict)
     return table

@@ -49,8 +49,11 @@ _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
-#: Seconds between two updates, so that a fast search is not slowed by the projection.
+#: Seconds between two updates at least.
 _PAUSE_SECONDS = 2.0
+#: Share of the time that reading the journal may take: it grows with the journal, and while it
+#: runs the search, in another thread of this process, stands still.
+_SHARE = 0.05
 #: Seconds until an unreachable server is tried again; doubled up to the last.
 _RETRY_SECONDS = (5.0, 60.0)
 _METRICS_PER_REQUEST = 1000
@@ -166,6 +169,12 @@ class _Store:
         # Written last, so that a run without it was interrupted and is sent again.
         tags["evomerge.digest"] = digest
         known = self._children.get(trial.number)
+        fixed = ("evomerge.state", "evomerge.recipe")
+        if known is not None and any(known.get(key, tags[key]) != tags[key] for key in fixed):
+            # The trial had failed and was run again, perhaps as another merge: MLflow can change
+            # neither parameters nor the end of a run.
+            self._client.delete_run(known["run_id"])
+            known = None
         if known is not None and all(known.get(key) == value for key, value in tags.items()):
             return 0
         if known is None:
@@ -267,6 +276,11 @@ def _client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
+def pause_seconds(work: float) -> float:
+    """Return how long to rest after reading the journal for ``work`` seconds."""
+    return max(_PAUSE_SECONDS, work * (1 / _SHARE - 1))
+
+
 class Tracker:
     """Keeps MLflow up to date beside a running search.
 
@@ -318,7 +332,7 @@ class Tracker:
 
     def _run(self) -> None:
         store: _Store | None = None
-        retry = 0.0
+        retry = pause = 0.0
         while True:
             self._wake.wait()
             self._wake.clear()
@@ -326,7 +340,10 @@ class Tracker:
             closing = self._closing.is_set()
             try:
                 store = store or _Store(self._target)
-                synced = store.send(self._load())
+                began = time.monotonic()
+                projection = self._load()
+                pause = pause_seconds(time.monotonic() - began)
+                synced = store.send(projection)
             except Exception as error:  # the search must not fail because its display does
                 store = None
                 retry = min(retry * 2, _RETRY_SECONDS[1]) or _RETRY_SECONDS[0]
@@ -338,7 +355,7 @@ class Tracker:
                     self._synced, self._problem = synced, ""
             if closing:
                 return
-            self._closing.wait(retry or _PAUSE_SECONDS)
+            self._closing.wait(retry or pause)
 
     def _failed(self, error: Exception) -> None:
         first = not self.problem

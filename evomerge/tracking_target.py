@@ -81,6 +81,17 @@ def tracking_target(uri: str | None, experiment: str, directory: Path) -> Target
     )
 
 
+def anchored_uri(uri: str, root: Path) -> str:
+    """Return a URI in which the path of a sqlite database starts from ``root``, not from here."""
+    scheme = "sqlite:///"
+    return f"{scheme}{root / uri.removeprefix(scheme)}" if _is_relative(uri, scheme) else uri
+
+
+def _is_relative(uri: str, scheme: str) -> bool:
+    path = uri.removeprefix(scheme)
+    return uri.startswith(scheme) and bool(path) and not path.startswith("/")
+
+
 def _artifacts(folder: Path) -> str:
     return (folder / "mlartifacts").as_uri()
 

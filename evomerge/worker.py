@@ -14,6 +14,7 @@ from evomerge.fitness.lm_eval import LmEvalTasks, TaskSpec
 from evomerge.merge.engine import Engine
 from evomerge.merge.merger import Merger
 from evomerge.models import Models, open_models
+from evomerge.pool import one_line
 from evomerge.trial import Evaluation, Job
 
 if TYPE_CHECKING:
@@ -72,7 +73,6 @@ class ModelWorker:
 
     def __init__(self, spec: ModelWorkerFactory) -> None:
         import torch
-        from transformers import AutoTokenizer
 
         torch.set_num_threads(spec.threads)
         self._spec = spec
@@ -82,7 +82,7 @@ class ModelWorker:
         merger = Merger(models, spec.threads)
         merger.sources.require_finite()
         model = _live_model(models, auto, spec.dtype, self._device)
-        tokenizer = AutoTokenizer.from_pretrained(models.base.directory, trust_remote_code=False)
+        tokenizer = load_tokenizer(models.base.directory)
         self._engine = Engine(merger, model)
         self._engine.require_base()
         tasks = LmEvalTasks.load(
@@ -162,6 +162,25 @@ def scored_class(config: Mapping[str, Any]) -> str:
             "(such models can be merged by recipe with `evomerge merge`, not searched)"
         )
     return auto
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Return the tokenizer of a model, a transformers one.
+
+    Raises:
+        ModelError: it is missing or broken.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # for a damaged file its readers raise whatever they come to
+        raise ModelError(
+            f"models.base: its tokenizer cannot be loaded: {one_line(error)} (put the tokenizer "
+            f"files of the model into {directory})"
+        ) from error
 
 
 def _live_model(models: Models, auto: str, dtype: str, device: torch.device) -> torch.nn.Module:

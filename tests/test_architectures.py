@@ -21,7 +21,7 @@ from evomerge.merge.sources import Sources
 from evomerge.merge.writer import write_checkpoint
 from evomerge.models import Models, open_models
 from evomerge.recipe import Recipe
-from evomerge.worker import auto_class
+from evomerge.worker import auto_class, scored_class
 
 TEXT = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -477,3 +477,15 @@ def test_other_vocabularies_and_shapes_are_refused_by_tensor_name(
         f"models.experts.wide: {embedding}.weight is 40x16, the base has 32x16 "
         "(resize its vocabulary to the base's)"
     ) in str(caught.value).splitlines()
+
+
+def test_what_lm_eval_cannot_score_is_said_before_weights_are_read(
+    family: Callable[[str], Models],
+) -> None:
+    assert scored_class(family("t5").base.config) == "AutoModelForSeq2SeqLM"
+    with pytest.raises(ModelError) as caught:
+        scored_class(family("vit").base.config)
+    assert str(caught.value) == (
+        "models.base: ViTForImageClassification is no language model, which lm-eval could score "
+        "(such models can be merged by recipe with `evomerge merge`, not searched)"
+    )

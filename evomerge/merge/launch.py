@@ -78,7 +78,8 @@ def ballots(plan: Plan) -> F32:
     """Return the weight of each expert's vote [S, K]."""
     if plan.rule is Rule.ELECT and plan.elect is Elect.UNWEIGHTED:
         # An expert with weight 0 is skipped, so it has no vote either.
-        return (plan.weights != 0).astype(np.float32)
+        votes: F32 = (plan.weights != 0).astype(np.float32)
+        return votes
     return plan.weights
 
 

@@ -46,7 +46,7 @@ _INFINITY: dict[str, tuple[npt.DTypeLike, int, int]] = {
 }
 _CHECK_ELEMENTS = 1 << 17
 #: What makes a directory of weights a model, copied from the base where it has it.
-_COMPANIONS = (
+COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
@@ -274,7 +274,7 @@ def copy_companions(base: Checkpoint, folder: Path) -> None:
         base: where they are taken from.
         folder: a checkpoint that has its ``config.json`` already.
     """
-    for name in _COMPANIONS:
+    for name in COMPANIONS:
         source = base.directory / name
         if source.is_file():
             shutil.copyfile(source, folder / name)
