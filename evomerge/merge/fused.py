@@ -148,12 +148,16 @@ def run_linear(work, out, base, experts, c0, c, dtype, width):
 
 
 @jit
-def _kept(delta, u, x):
-    """Return the delta where it stays, else zero; see ``plan.Select``."""
+def _kept(delta, u, x, hashing):
+    """Return the delta where it stays, else zero; see ``plan.Select``.
+
+    ``hashing`` is the same for a whole loop, which the compiler then writes twice.
+    """
     key = (bits_of(delta) & np.uint32(0x7FFFFFFF)) >> np.uint32(16)
     limit = u[3] if key == u[1] else u[4]
     limit = u[2] if key == u[0] else limit
-    stays = (key >= u[0]) & (key <= u[1]) & (draw(x, u[5], u[6]) <= limit)
+    hashed = draw(x, u[5], u[6]) if hashing else np.uint32(0)
+    stays = (key >= u[0]) & (key <= u[1]) & (hashed <= limit)
     return delta if stays else np.float32(0.0)
 
 
@@ -173,13 +177,13 @@ def _agrees(ballot, positive, summing):
 
 
 @jit
-def _select2(out, base, a, b, fa, fb, ua, ub, start, scale, summing, plus):
+def _select2(out, base, a, b, fa, fb, ua, ub, start, scale, summing, plus, hashing):
     zero = np.float32(0.0)
     for i in range(len(out)):
         w = _value(base[i])
         x = np.uint32(start + np.uint32(i))
-        xa = _kept(_value(a[i]) - w, ua, x)
-        xb = _kept(_value(b[i]) - w, ub, x)
+        xa = _kept(_value(a[i]) - w, ua, x, hashing)
+        xb = _kept(_value(b[i]) - w, ub, x, hashing)
         ba = fa[1] * xa
         bb = fb[1] * xb
         vote = zero + ba + bb
@@ -193,14 +197,14 @@ def _select2(out, base, a, b, fa, fb, ua, ub, start, scale, summing, plus):
 
 
 @jit
-def _select3(out, base, a, b, d, fa, fb, fd, ua, ub, ud, start, scale, summing, plus):
+def _select3(out, base, a, b, d, fa, fb, fd, ua, ub, ud, start, scale, summing, plus, hashing):
     zero = np.float32(0.0)
     for i in range(len(out)):
         w = _value(base[i])
         x = np.uint32(start + np.uint32(i))
-        xa = _kept(_value(a[i]) - w, ua, x)
-        xb = _kept(_value(b[i]) - w, ub, x)
-        xd = _kept(_value(d[i]) - w, ud, x)
+        xa = _kept(_value(a[i]) - w, ua, x, hashing)
+        xb = _kept(_value(b[i]) - w, ub, x, hashing)
+        xd = _kept(_value(d[i]) - w, ud, x, hashing)
         ba = fa[1] * xa
         bb = fb[1] * xb
         bd = fd[1] * xd
@@ -219,15 +223,17 @@ def _select3(out, base, a, b, d, fa, fb, fd, ua, ub, ud, start, scale, summing, 
 
 
 @jit
-def _select4(out, base, a, b, d, e, fa, fb, fd, fe, ua, ub, ud, ue, start, scale, summing, plus):
+def _select4(
+    out, base, a, b, d, e, fa, fb, fd, fe, ua, ub, ud, ue, start, scale, summing, plus, hashing
+):
     zero = np.float32(0.0)
     for i in range(len(out)):
         w = _value(base[i])
         x = np.uint32(start + np.uint32(i))
-        xa = _kept(_value(a[i]) - w, ua, x)
-        xb = _kept(_value(b[i]) - w, ub, x)
-        xd = _kept(_value(d[i]) - w, ud, x)
-        xe = _kept(_value(e[i]) - w, ue, x)
+        xa = _kept(_value(a[i]) - w, ua, x, hashing)
+        xb = _kept(_value(b[i]) - w, ub, x, hashing)
+        xd = _kept(_value(d[i]) - w, ud, x, hashing)
+        xe = _kept(_value(e[i]) - w, ue, x, hashing)
         ba = fa[1] * xa
         bb = fb[1] * xb
         bd = fd[1] * xd
@@ -283,11 +289,13 @@ def run_select(
     nobody = (np.float32(0.0), np.float32(0.0), np.float32(0.0))
     for n in range(len(work)):
         span, slot, begin, left = work[n, 0], work[n, 1], work[n, 2], work[n, 3]
-        found = 0
+        found, hashing = 0, False
         for k in range(c.shape[1]):
             if c[span, k] != np.float32(0.0):
                 active[found] = k
                 found += 1
+                chance = min(at_low[span, k], at_high[span, k], inside[span, k])
+                hashing = hashing or chance != np.uint32(0xFFFFFFFF)
         while left > 0:
             index = canonical[slot] + begin
             # The hash takes the upper half of the index once per stretch.
@@ -308,7 +316,7 @@ def run_select(
                 np.uint32(keys[i] | np.uint32(1)), offset_of(keys[i], index),
             )  # fmt: skip
             if found == 1:
-                _select2(o, w, a, w, fa, nobody, ua, ua, start, scale[span], summing, plus)
+                _select2(o, w, a, w, fa, nobody, ua, ua, start, scale[span], summing, plus, hashing)
                 continue
             i = active[1]
             b = numba.carray(pointer(experts[slot, i] + at), count, dtype)
@@ -318,7 +326,7 @@ def run_select(
                 np.uint32(keys[i] | np.uint32(1)), offset_of(keys[i], index),
             )  # fmt: skip
             if found == 2:
-                _select2(o, w, a, b, fa, fb, ua, ub, start, scale[span], summing, plus)
+                _select2(o, w, a, b, fa, fb, ua, ub, start, scale[span], summing, plus, hashing)
                 continue
             i = active[2]
             d = numba.carray(pointer(experts[slot, i] + at), count, dtype)
@@ -328,7 +336,24 @@ def run_select(
                 np.uint32(keys[i] | np.uint32(1)), offset_of(keys[i], index),
             )  # fmt: skip
             if found == 3:
-                _select3(o, w, a, b, d, fa, fb, fd, ua, ub, ud, start, scale[span], summing, plus)
+                _select3(
+                    o,
+                    w,
+                    a,
+                    b,
+                    d,
+                    fa,
+                    fb,
+                    fd,
+                    ua,
+                    ub,
+                    ud,
+                    start,
+                    scale[span],
+                    summing,
+                    plus,
+                    hashing,
+                )
                 continue
             i = active[3]
             e = numba.carray(pointer(experts[slot, i] + at), count, dtype)
@@ -339,5 +364,5 @@ def run_select(
             )  # fmt: skip
             _select4(
                 o, w, a, b, d, e, fa, fb, fd, fe, ua, ub, ud, ue, start, scale[span], summing,
-                plus,
+                plus, hashing,
             )  # fmt: skip
