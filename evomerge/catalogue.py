@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import EvomergeError, InputError
+
+if TYPE_CHECKING:
+    from evomerge.merge.methods.method import Option
 
 Row = dict[str, str]
 
 
-def catalogue(what: str, under: Path) -> list[Row]:
-    """Return the rows of one table.
+def catalogue(what: str, under: Path) -> list[dict[str, Any]]:
+    """Return one table as data.
+
+    Args:
+        what: ``methods``, ``searchers``, ``partitions`` or ``studies``.
+        under: folder that is searched for studies.
+    """
+    if what == "methods":
+        return method_facts()
+    if what == "searchers":
+        return searcher_facts()
+    if what == "partitions":
+        return [*partitions()]
+    return studies(under)
+
+
+def catalogue_lines(what: str, under: Path) -> list[Row]:
+    """Return the rows of one table for people.
 
     Args:
         what: ``methods``, ``searchers``, ``partitions`` or ``studies``.
@@ -22,7 +43,41 @@ def catalogue(what: str, under: Path) -> list[Row]:
         return searchers()
     if what == "partitions":
         return partitions()
-    return studies(under)
+    return [{key: str(value) for key, value in row.items()} for row in studies(under)]
+
+
+def method_facts() -> list[dict[str, Any]]:
+    """Return the merge methods with all that is known of their parameters and options."""
+    from evomerge.merge.methods import METHODS
+
+    return [
+        {
+            "method": method.name,
+            "what it does": method.summary,
+            "parameters": [asdict(parameter) for parameter in method.parameters],
+            "options": [asdict(option) for option in method.options],
+            "experts": list(method.experts),
+            "source": method.source,
+        }
+        for method in METHODS.values()
+    ]
+
+
+def searcher_facts() -> list[dict[str, Any]]:
+    """Return the searchers with their arguments and defaults."""
+    from evomerge.search.registry import find_searcher, searcher_names
+
+    return [
+        {
+            "searcher": name,
+            "library": entry.library,
+            "what it does": entry.summary,
+            "multi_objective": entry.multi_objective,
+            "arguments": {key: spec.default for key, spec in entry.arguments.items()},
+        }
+        for name in searcher_names()
+        for entry in [find_searcher(name)]
+    ]
 
 
 def methods() -> list[Row]:
@@ -41,9 +96,12 @@ def methods() -> list[Row]:
                 "method": method.name,
                 "what it does": method.summary,
                 "searchable": ", ".join(parameters),
-                "options": ", ".join(option.name for option in method.options),
                 "experts": f"{low}+" if high is None else f"{low} to {high}",
                 "source": method.source,
+                "options": "".join(
+                    f"\n      {option.name}: {option.help}; {_choices(option)}"
+                    for option in method.options
+                ),
             }
         )
     return rows
@@ -57,7 +115,7 @@ def searchers() -> list[Row]:
     for name in searcher_names():
         entry = find_searcher(name)
         arguments = [
-            key if spec.default is None else f"{key}={spec.default}"
+            key if spec.default is None else f"{key}={_number(spec.default)}"
             for key, spec in entry.arguments.items()
         ]
         rows.append(
@@ -72,6 +130,17 @@ def searchers() -> list[Row]:
     return rows
 
 
+def _choices(option: Option) -> str:
+    """Return the choices of an option, the default first."""
+    others = [choice for choice in option.choices if choice != option.default]
+    texts = [str(choice).lower() for choice in (option.default, *others)]
+    return f"{texts[0]} (or {', '.join(texts[1:])})"
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def partitions() -> list[Row]:
     """Return the partitions."""
     from evomerge.layout import PARTITIONS
@@ -79,20 +148,26 @@ def partitions() -> list[Row]:
     return [{"partition": name, "blocks": text} for name, text in PARTITIONS.items()]
 
 
-def studies(under: Path) -> list[Row]:
+def studies(under: Path) -> list[dict[str, Any]]:
     """Return the studies in and below a folder, by path."""
     from evomerge.study_view import StudyView
 
     if not under.is_dir():
         raise InputError(f"--under: {under}: no such directory")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for journal in sorted(under.rglob("journal.jsonl")):
         directory = journal.parent
         try:
             view = StudyView.load(directory)
-            state, trials = view.state.value, str(view.counts.done)
-            front = str(len(view.front))
         except EvomergeError as error:
-            state, trials, front = f"unreadable: {error}", "", ""
-        rows.append({"study": str(directory), "state": state, "trials": trials, "front": front})
+            rows.append({"study": str(directory), "state": f"unreadable: {error}"})
+            continue
+        rows.append(
+            {
+                "study": str(directory),
+                "state": view.state.value,
+                "trials": view.counts.done,
+                "front": len(view.front),
+            }
+        )
     return rows

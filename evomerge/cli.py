@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -69,17 +70,28 @@ def main() -> NoReturn:
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Abort:
+        click.echo("error: stopped; run the same command again", err=True)
         code = 130
     except click.ClickException as error:
         error.show()
         code = 2
     except (EvomergeError, Interrupted) as error:
-        if "-v" in sys.argv or "--verbose" in sys.argv:
+        if _verbose():
             logging.getLogger(__name__).debug("traceback", exc_info=True)
         for line in str(error).splitlines():
             click.echo(f"error: {line}" if not line.startswith(" ") else line, err=True)
         code = error.exit_code
+    except OSError as error:
+        # Files that nobody may read or write; anything else is a bug and keeps its traceback.
+        if error.filename is None or _verbose():
+            raise
+        click.echo(f"error: {error.filename}: {error.strerror}", err=True)
+        code = 6 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _verbose() -> bool:
+    return "-v" in sys.argv or "--verbose" in sys.argv
 
 
 def _json(data: Any) -> None:
@@ -112,7 +124,8 @@ def _study_directory(text: str) -> Path:
         return path
     if (path / "study.yaml").exists():
         return _study_directory(str(path / "study.yaml"))
-    raise InputError(f"{text}: neither a study file nor a study directory (see `evomerge list`)")
+    raise InputError(f"{text}: neither a study file nor a study directory "
+                     "(see `evomerge list studies`)")  # fmt: skip
 
 
 def _view(text: str) -> StudyView:
@@ -178,7 +191,8 @@ def init(file: Path, base: str | None, experts: tuple[str, ...], tasks: tuple[st
 
     \b
     evomerge init study.yaml --base meta-llama/Llama-3.1-8B \\
-        --expert math=org/llama-math --expert code=./models/code --task gsm8k --task mbpp
+        --expert math=org/llama-math --expert code=./models/code --task gsm8k \\
+        --task arc_challenge
     """
     from evomerge.template import study_template
 
@@ -206,14 +220,18 @@ def init(file: Path, base: str | None, experts: tuple[str, ...], tasks: tuple[st
 def check(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check a study file against models and tasks; touch no weights and no GPU.
 
-    Every problem is reported at once with its dotted path. Exit code 2 where there is one.
+    Every problem comes with its dotted path, and as many as can be seen at once: first all
+    problems of form (unknown keys, wrong types), then, in a file of good form, all problems of
+    content (models, tasks, ranges). Exit code 2 where there is one.
     """
     from evomerge.config import load
-    from evomerge.facts import plan_facts
+    from evomerge.facts import plan_facts, plan_lines
     from evomerge.prepare import prepare
 
-    facts = plan_facts(prepare(load(file, overrides), file))
-    _show(facts, as_json)
+    if sys.stderr.isatty():
+        click.echo("reading models and loading tasks ...", err=True)
+    prepared = prepare(load(file, overrides), file)
+    _show(plan_facts(prepared) if as_json else plan_lines(prepared), as_json)
     click.echo(f"ok; next: evomerge run {file}", err=as_json)
 
 
@@ -237,13 +255,13 @@ def run(file: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) ->
     finished evaluation is repeated.
     """
     from evomerge.config import load
-    from evomerge.facts import front_facts, plan_facts
+    from evomerge.facts import front_facts, plan_facts, plan_lines
     from evomerge.prepare import prepare
     from evomerge.terminal import make_console, print_finished, run_with_progress
 
     prepared = prepare(load(file, overrides), file)
     if dry_run:
-        _json(plan_facts(prepared))
+        _show(plan_facts(prepared) if as_json else plan_lines(prepared), as_json)
         return
     console = make_console(stderr=as_json)
     finished = run_with_progress(prepared, console)
@@ -310,15 +328,15 @@ def export(
     evomerge_recipe.json, evomerge_scores.json with the lm_eval command that reproduces the
     scores, and mergekit_config.yml where mergekit can express the merge.
     """
-    from evomerge.facts import export_facts
-    from evomerge.take_home import export_trial
+    from evomerge.facts import export_facts, export_lines
+    from evomerge.take_home import export_trial, study_root
 
     if sum((knee, best is not None, trial is not None)) != 1:
         raise InputError("export: choose exactly one of --knee, --best OBJECTIVE, --trial N")
-    facts = export_facts(
-        export_trial(_view(study), best=best, trial=trial, out=out, shards=max_shard_size)
-    )
-    _show(facts, as_json)
+    view = _view(study)
+    exported = export_trial(view, best=best, trial=trial, out=out, shards=max_shard_size)
+    facts = export_facts(exported, study_root(view.directory))
+    _show(facts if as_json else export_lines(facts), as_json)
 
 
 @cli.command()
@@ -406,10 +424,10 @@ def bench(file: Path, seconds: float, as_json: bool) -> None:
 @_AS_JSON
 def status(study: str, as_json: bool) -> None:
     """Say where a study stands. Works while it is running, and after a crash."""
-    from evomerge.facts import status_facts
+    from evomerge.facts import status_facts, status_lines
 
     facts = status_facts(_view(study))
-    _show(facts, as_json)
+    _show(facts if as_json else status_lines(facts), as_json)
 
 
 @cli.command("list")
@@ -420,12 +438,12 @@ def status(study: str, as_json: bool) -> None:
 @_AS_JSON
 def list_(what: str, under: Path, as_json: bool) -> None:
     """List merge methods, searchers, partitions, or the studies below a folder."""
-    from evomerge.catalogue import catalogue
+    from evomerge.catalogue import catalogue, catalogue_lines
 
-    rows = catalogue(what, under)
     if as_json:
-        _json(rows)
+        _json(catalogue(what, under))
         return
+    rows = catalogue_lines(what, under)
     if not rows:
         click.echo(f"no studies below {under}")
     for row in rows:

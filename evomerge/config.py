@@ -52,7 +52,10 @@ class ModelsSection(Section):
 
     base: str = Field(min_length=1, description="directory or hub id (owner/name[@revision])")
     experts: dict[ExpertName, str] = Field(
-        min_length=1, max_length=512, description="name: directory or hub id; order is kept"
+        min_length=1,
+        max_length=512,
+        description="name: directory or hub id; order is kept. Names are letters, digits, '-' and "
+        "'_', at most 63, starting with a letter or digit, and not `base`",
     )
 
 
@@ -108,7 +111,7 @@ class FitnessSection(Section):
     )
     items: ItemsSection = ItemsSection()  # type: ignore[call-arg]
     batch_size: int = Field(64, ge=1, le=65536)
-    allow_task_code: bool = Field(False, description="let task files run Python code")
+    allow_task_code: bool = Field(False, description="let tasks run Python code")
 
 
 class SearchSection(Section):
@@ -156,7 +159,11 @@ class TrackingSection(Section):
 class StudyFile(Section):
     """One study: models, space, fitness, search."""
 
-    name: Name | None = Field(None, description="the file's name where absent")
+    name: Name | None = Field(
+        None,
+        description="lowercase letters, digits, '-' and '_', at most 63, starting with a letter or "
+        "digit; the file's name where absent",
+    )
     seed: int = Field(0, ge=0, le=4294967295)
     directory: str | None = Field(None, description="of journal and results; studies/<name>")
     models: ModelsSection
@@ -236,7 +243,7 @@ def _problems(error: ValidationError, data: dict[str, Any]) -> list[str]:
     outer = {
         path
         for path, line in lines.items()
-        if line.endswith("got a dict") and any(other.startswith(f"{path}.") for other in lines)
+        if line.endswith("got a mapping") and any(other.startswith(f"{path}.") for other in lines)
     }
     return [line for path, line in lines.items() if path not in outer]
 
@@ -244,12 +251,26 @@ def _problems(error: ValidationError, data: dict[str, Any]) -> list[str]:
 def _message(item: Any) -> str:
     message = str(item["msg"]).removeprefix("Input ")
     if item["type"] == "string_pattern_mismatch":
-        message = "use letters, digits, '-' and '_' (at most 63, starting with a letter or digit)"
+        letters = "lowercase letters" if item["loc"] == ("name",) else "letters"
+        message = (
+            f"use {letters}, digits, '-' and '_' (at most 63, starting with a letter or digit)"
+        )
+    elif item["type"] in _NOT_A_MAPPING:
+        message = _MAPPINGS.get(str(item.get("ctx", {}).get("class_name")), "must be a mapping")
     value = item.get("input")
     if isinstance(value, str | int | float | bool) or value is None:
         hint = " (quote it)" if item["type"] == "string_type" and value is not None else ""
         return f"{message}, got {json.dumps(value)}{hint}"
-    return f"{message}, got a {type(value).__name__}"
+    return f"{message}, got a {_KINDS.get(type(value), type(value).__name__)}"
+
+
+#: What pydantic says of them names its own classes.
+_NOT_A_MAPPING = ("model_type", "model_attributes_type", "dict_type", "dataclass_type")
+_MAPPINGS = {
+    "RangeSection": "must be a number or {low, high}",
+    "TaskSection": "must be the name of a task or a mapping",
+}
+_KINDS: dict[type, str] = {dict: "mapping", list: "list"}
 
 
 _BRANCHES = {"str", "int", "float", "bool", "RangeSection", "TaskSection", "[key]"}

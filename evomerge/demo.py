@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from evomerge.config import load
 from evomerge.demo_pool import Training, train_pool
-from evomerge.errors import SetupError
+from evomerge.errors import InputError, Interrupted, SetupError
 from evomerge.export import RECIPE_FILE, SCORES_FILE
 from evomerge.launch import Finished
 from evomerge.prepare import prepare
@@ -21,6 +22,7 @@ from evomerge.take_home import export_trial
 from evomerge.terminal import make_console, print_finished, run_with_progress
 
 #: A smoke test of the whole path in about a minute; its models have learned nothing.
+_MEANINGLESS = "the models are untrained, so the scores mean nothing; it shows only that all works."
 _QUICK_TRAINING = Training(base_steps=20, expert_steps=5)
 _QUICK = (
     "search.trials=12",
@@ -49,6 +51,8 @@ def run_demo(out: Path, trials: int | None, workers: int | None, quick: bool) ->
     console = make_console()
     console.print("evomerge demo: three experts, each good at one skill. Is there a merge that is "
                   "good at all three?", style="bold")  # fmt: skip
+    if quick:
+        console.print(f"--quick: {_MEANINGLESS}", style="yellow")
     _lay_out(out)
     overrides = [f"search.trials={trials}", f"directory=studies/demo-{trials}"] if trials else []
     overrides += [f"pool.workers={workers}"] if workers else []
@@ -67,6 +71,8 @@ def run_demo(out: Path, trials: int | None, workers: int | None, quick: bool) ->
     merged = out / ("merged-quick" if quick else "merged")
     _export(console, finished, merged)
     print_finished(console, finished)
+    if quick:
+        console.print(f"  {_MEANINGLESS}", style="yellow")
     console.print(f"  models and tasks: {out}; exported merge: {merged}", highlight=False)
     console.print("Score the exported merge with lm_eval itself:", style="bold")
     console.print(f"    cd {out} && {_lm_eval_command(merged)}", soft_wrap=True, highlight=False)
@@ -89,10 +95,18 @@ def _shipped(name: str) -> Path:
 
 def _lay_out(out: Path) -> None:
     """Put tasks and study file into the demo's folder, unless they are there."""
-    (out / "fitness").mkdir(parents=True, exist_ok=True)
-    shutil.copytree(_shipped("fitness") / "skills", out / "fitness/skills", dirs_exist_ok=True)
-    if not (out / "study.yaml").exists():
-        shutil.copyfile(_shipped("experiments") / "demo/study.yaml", out / "study.yaml")
+    skills, study = _shipped("fitness") / "skills", _shipped("experiments") / "demo/study.yaml"
+    try:
+        (out / "fitness").mkdir(parents=True, exist_ok=True)
+        # Not the times and modes, which only the owner of a file may set.
+        shutil.copytree(
+            skills, out / "fitness/skills", dirs_exist_ok=True, copy_function=shutil.copyfile
+        )
+        if not (out / "study.yaml").exists():
+            shutil.copyfile(study, out / "study.yaml")
+    except (OSError, shutil.Error) as error:
+        reason = getattr(error, "strerror", None) or "some files of the demo are not writable"
+        raise InputError(f"--out: {out}: cannot be written: {reason}") from error
 
 
 def _train(console: Console, directory: Path, quick: bool) -> None:
@@ -111,8 +125,14 @@ def _train(console: Console, directory: Path, quick: bool) -> None:
                 console.print(f"training {phase}: {total} steps")
         bar.update(tasks[phase], completed=step)
 
-    with bar:
-        train_pool(directory, progress, _QUICK_TRAINING if quick else Training())
+    try:
+        with bar:
+            train_pool(directory, progress, _QUICK_TRAINING if quick else Training())
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            "stopped while training; run the same command again to continue: finished models are "
+            "kept", signal.SIGINT,
+        ) from error  # fmt: skip
     if not tasks:
         console.print(f"models: reused from {directory}", highlight=False)
 

@@ -99,7 +99,7 @@ class CallOrderError(EvomergeError):
     """Methods were called in an order that their protocol forbids."""
 
 
-class Interrupted(BaseException):  # noqa: N818 - tells what happened; nothing is wrong
+class Interrupted(BaseException):
     """The study was stopped by a signal; running it again continues it.
 
     A signal handler raises it wherever the program happens to be, so like ``KeyboardInterrupt``

@@ -334,6 +334,9 @@ def _card(
         if (evaluation := _evaluation(view, number, name)) is not None
     }
     place = f"It is trial {number} of the study “{study_name(view)}”"
+    trial = view.trial(number)
+    if trial.kind == "baseline":
+        place += f", its baseline “{trial.label}”, which the search did not make"
     if number == view.knee:
         place += f", the recommended one of {len(view.front)} on its Pareto front."
     elif number in view.front:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from evomerge.comparison import Difference, paired_difference
@@ -14,7 +16,53 @@ from evomerge.trial import Evaluation, Objective, Trial
 
 
 def plan_facts(prepared: Prepared) -> dict[str, Any]:
-    """Return what a study would do."""
+    """Return what a study would do, as data."""
+    file, space, pool = prepared.file, prepared.space, prepared.file.pool
+    serial = pool.kind == "serial"
+    return {
+        "study": str(file.name),
+        "directory": str(prepared.directory),
+        "models": {
+            model.name: model.source for model in (prepared.models.base, *prepared.models.experts)
+        },
+        "parameters": prepared.models.layout.parameters,
+        "tensors": len(prepared.models.layout.slots),
+        "dtype": space.dtype,
+        "objectives": {
+            objective.name: {
+                "direction": str(objective.direction),
+                "search": len(split.search),
+                "validation": len(split.validation),
+                "test": len(split.test),
+            }
+            for objective, split in zip(prepared.tasks.objectives, prepared.splits, strict=True)
+        },
+        "space": {
+            "method": file.space.method,
+            "partition": file.space.partition,
+            "coefficients": space.dimension,
+            "blocks": len(space.blocks),
+        },
+        "search": {
+            "searcher": file.search.searcher,
+            "trials": file.search.trials,
+            "baselines": len(prepared.baselines),
+            "parallel": prepared.parallel,
+            "seed": file.seed,
+            "weighted_mean": prepared.scalarise,
+        },
+        "pool": {
+            "kind": pool.kind,
+            "workers": 1 if serial else pool.workers,
+            "cpus_per_worker": pool.cpus_per_worker,
+            "gpus_per_worker": pool.gpus_per_worker,
+        },
+        "warnings": list(prepared.warnings),
+    }
+
+
+def plan_lines(prepared: Prepared) -> dict[str, Any]:
+    """Return what a study would do, for people."""
     file, space = prepared.file, prepared.space
     splits = [
         f"{objective.name} ({objective.direction}): {len(split.search)} search, "
@@ -56,6 +104,7 @@ def status_facts(view: StudyView) -> dict[str, Any]:
     """Return where a study stands."""
     counts = view.counts
     facts: dict[str, Any] = {
+        "study": str(view.directory),
         "state": view.state.value,
         "trials": counts.done,
         "failed": counts.failed,
@@ -64,26 +113,52 @@ def status_facts(view: StudyView) -> dict[str, Any]:
         "front": len(view.front),
     }
     if view.front:
-        facts["hypervolume"] = round(view.hypervolume, 6)
-    for objective in view.objectives:
-        if view.front:
-            best = view.best(objective.name)
-            evaluation = view.scores(best)
-            assert evaluation is not None
-            value = evaluation.values[view.objectives.index(objective)]
-            facts[f"best {objective.name}"] = f"{value:.4f} (trial {best})"
+        facts["hypervolume"] = view.hypervolume
+        facts["best"] = {
+            objective.name: _best_facts(view, column)
+            for column, objective in enumerate(view.objectives)
+        }
     if view.message:
         facts["message"] = view.message
     return facts
 
 
-def front_rows(view: StudyView) -> list[Trial]:
-    """Return the front, best mean first, then base, experts, uniform and the best grid point."""
+def _best_facts(view: StudyView, column: int) -> dict[str, Any]:
+    best = view.best(view.objectives[column].name)
+    evaluation = (
+        view.trial(best).evaluation if view.front_split == "search" else view.validation[best]
+    )
+    assert evaluation is not None
+    return {"value": evaluation.values[column], "trial": best, "items": view.front_split}
+
+
+def status_lines(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts of ``status_facts`` for people."""
+    lines = {key: value for key, value in facts.items() if key != "best"}
+    if "hypervolume" in facts:
+        lines["hypervolume"] = f"{facts['hypervolume']:.4f} (search items)"
+    for name, best in facts.get("best", {}).items():
+        lines[f"best {name}"] = (
+            f"{best['value']:.4f} (trial {best['trial']}, {best['items']} items)"
+        )
+    return lines
+
+
+def front_rows(
+    view: StudyView, scores: Mapping[int, Evaluation | None] | None = None
+) -> list[Trial]:
+    """Return the front, best mean first, then base, experts, uniform and the best grid point.
+
+    Args:
+        view: the study.
+        scores: evaluations whose means order the front; those that decided it where absent.
+    """
     front = [view.trial(number) for number in view.front]
     shown = [t for t in view.baselines if not t.label.startswith("task_arithmetic:")]
     best = best_task_arithmetic(view)
     shown += [best] if best is not None else []
-    front.sort(key=lambda trial: -mean_score(view, trial.number))
+    deciding = {number: view.scores(number) for number in view.front}
+    front.sort(key=lambda trial: -_mean(view, {**deciding, **(scores or {})}[trial.number]))
     return front + [trial for trial in shown if trial.number not in view.front]
 
 
@@ -99,7 +174,10 @@ def best_task_arithmetic(view: StudyView) -> Trial | None:
 
 def mean_score(view: StudyView, number: int) -> float:
     """Return the weighted mean over the objectives on the deciding split; larger is better."""
-    evaluation = view.scores(number)
+    return _mean(view, view.scores(number))
+
+
+def _mean(view: StudyView, evaluation: Evaluation | None) -> float:
     if evaluation is None:
         return float("-inf")
     pairs = list(zip(view.objectives, evaluation.values, strict=True))
@@ -172,7 +250,7 @@ def front_facts(view: StudyView) -> dict[str, Any]:
         "objectives": [objective.name for objective in view.objectives],
         "front_split": view.front_split,
         "recommended": view.knee,
-        "merges": [_merge_facts(view, trial) for trial in front_rows(view)],
+        "merges": [_merge_facts(view, trial) for trial in front_rows(view, view.test)],
         "gains": [
             {
                 "against": gain.against,
@@ -216,16 +294,37 @@ def _score_facts(view: StudyView, evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def export_facts(exported: Exported) -> dict[str, Any]:
-    """Return what was written, and how to repeat its scores."""
+def export_facts(exported: Exported, root: Path | None) -> dict[str, Any]:
+    """Return what was written, and how to repeat its scores.
+
+    Args:
+        exported: what was written.
+        root: folder that the tasks' relative paths start from, None where it is not known.
+    """
+    place = f"cd {shlex.quote(str(root.resolve()))} && " if root is not None else ""
     return {
         "directory": str(exported.out),
         "trial": exported.trial,
         "bytes": exported.bytes,
         "files": list(exported.files),
-        "mergekit": "mergekit_config.yml" if exported.mergekit else exported.mergekit_reason,
-        "scored on": exported.split,
-        "scores": [f"{name} {value!r}" for name, value in exported.expected.items()],
-        "repeat": list(exported.commands),
-        **({"notes": list(exported.notes)} if exported.notes else {}),
+        "mergekit": "mergekit_config.yml" if exported.mergekit else None,
+        **({} if exported.mergekit else {"mergekit_reason": exported.mergekit_reason}),
+        "items": exported.split,
+        "scores": dict(exported.expected),
+        "repeat": [place + command for command in exported.commands],
+        "notes": list(exported.notes),
     }
+
+
+def export_lines(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts of ``export_facts`` for people."""
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in facts["scores"].items())
+    lines = {
+        "wrote": f"{facts['directory']} (trial {facts['trial']}, {facts['bytes'] / 1e6:.1f} MB)",
+        "files": ", ".join(facts["files"]),
+    }
+    if facts["mergekit"] is None:
+        lines["mergekit"] = f"none: {facts['mergekit_reason']}"
+    if scores:
+        lines["scores"] = f"{scores} ({facts['items']} items)"
+    return {**lines, "repeat": facts["repeat"], "notes": facts["notes"]}

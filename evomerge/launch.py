@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from evomerge.config import StudyFile
 from evomerge.errors import InputError, StorageError
 from evomerge.journal import JOURNAL as JOURNAL_FILE
+from evomerge.pool import Pool
 from evomerge.prepare import Prepared
 from evomerge.presentation import STUDY_FILE, project
 from evomerge.study import Phase, Progress, Study, StudyListener
@@ -41,16 +42,26 @@ class Finished:
     problem: str
 
 
-def run(prepared: Prepared, listeners: Sequence[StudyListener]) -> Finished:
+def run(
+    prepared: Prepared,
+    listeners: Sequence[StudyListener],
+    starting: Callable[[], None] = lambda: None,
+) -> Finished:
     """Run a study to its end, from wherever its journal stands.
 
     Args:
         prepared: checked study file.
         listeners: are told what happens.
+        starting: is called before the workers start; a finished study needs none.
 
     Raises:
         EvomergeError: as ``Study.run``.
     """
+
+    def make_pool() -> Pool:
+        starting()
+        return prepared.make_pool()
+
     target = _target(prepared.file, prepared.directory, prepared.root)
     parallel = prepared.parallel
     if (prepared.directory / JOURNAL_FILE).exists() and prepared.file.search.parallel is None:
@@ -66,7 +77,7 @@ def run(prepared: Prepared, listeners: Sequence[StudyListener]) -> Finished:
         decode=prepared.space.decode,
         make_searcher=prepared.make_searcher,
         baselines=prepared.baselines,
-        make_pool=prepared.make_pool,
+        make_pool=make_pool,
         budget=prepared.file.search.trials,
         parallel=parallel,
         seed=prepared.file.seed,

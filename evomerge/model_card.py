@@ -58,8 +58,8 @@ def model_card(facts: CardFacts) -> str:
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(facts), sort_keys=False)}---\n",
         f"# {facts.title}\n",
-        "This is a merge of pre-trained language models, found by a search with "
-        f"evomerge {facts.version}. {facts.place}\n",
+        f"This is a merge of pre-trained language models, from a study with evomerge "
+        f"{facts.version}. {facts.place}\n",
         _method(facts),
         _scores(facts),
         _configuration(facts),

@@ -79,8 +79,11 @@ def open_models(base: str, experts: Sequence[tuple[str, str]], where: str = "mod
     Raises:
         ModelError: all differences of all experts, one per line.
     """
-    origin = open_checkpoint(base, "base", f"{where}.base")
-    vocabulary = _vocabulary(origin.directory, f"{where}.base")
+    try:
+        origin = open_checkpoint(base, "base", f"{where}.base")
+        vocabulary = _vocabulary(origin.directory, f"{where}.base")
+    except ModelError as error:
+        raise ModelError("\n".join([str(error), *_unreadable(experts, where)])) from error
     opened: list[Checkpoint] = []
     problems: list[str] = []
     for name, source in experts:
@@ -103,6 +106,19 @@ def open_models(base: str, experts: Sequence[tuple[str, str]], where: str = "mod
         if name not in names and (entry.dtype not in MERGEABLE or _is_buffer(name, entry.shape))
     )
     return Models(origin, tuple(opened), canonical(slots), buffers)
+
+
+def _unreadable(experts: Sequence[tuple[str, str]], where: str) -> list[str]:
+    """Return what is wrong with experts by themselves, where there is no base to compare with."""
+    problems = []
+    for name, source in experts:
+        path = f"{where}.experts.{name}"
+        try:
+            if not is_adapter(locate(source, path)):
+                open_checkpoint(source, name, path)
+        except ModelError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _open_expert(source: str, name: str, base: Checkpoint, where: str) -> Checkpoint:

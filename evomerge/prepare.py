@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+from evomerge.capacity import capacity_warnings
 from evomerge.checkpoint import resolve_source
 from evomerge.config import ItemsSection, RangeSection, StudyFile, TaskSection
 from evomerge.errors import (
@@ -190,7 +191,10 @@ def prepare(file: StudyFile, path: Path) -> Prepared:
         space=space,
         baselines=_baselines(file, space),
         factory=_factory(file, root, space),
-        warnings=tuple(_warnings(file, space)),
+        warnings=(
+            *_warnings(file, space),
+            *capacity_warnings(file.pool, models, space.dtype),
+        ),
     )
 
 
@@ -212,24 +216,26 @@ def _method(file: StudyFile) -> Method:
 
 def _columns(file: StudyFile) -> dict[str, float | Range]:
     """Return the columns of the table: searched ranges and fixed numbers."""
-    method = _method(file)
-    experts = tuple(file.models.experts)
-    problems = list(_experts_problem(method, len(experts)))
+    problems = _form_problems(file)
     try:
-        parse_spec(file.space.partition)
+        method = _method(file)
     except InputError as error:
-        problems.append(f"space.{error}")
+        raise InputError("\n".join([str(error), *problems])) from error
+    experts = tuple(file.models.experts)
+    problems += _experts_problem(method, len(experts))
     given = {
         name: value
         for name, value in file.space.parameters.items()
         if name not in {option.name for option in method.options}
     }
     columns: dict[str, float | Range] = {}
+    refused = False  # a range was given, with a problem of its own
     for parameter in method.parameters:
         per_expert = parameter.scope is Scope.EXPERT
         names = [f"{parameter.name}.{expert}" for expert in experts] if per_expert else []
         for column in names or [parameter.name]:
-            value = given.get(column, given.get(parameter.name))
+            key = column if column in given else parameter.name
+            value = given.get(key)
             if value is None:
                 # An essential number is searched, any other keeps its default.
                 low, high = parameter.search
@@ -238,9 +244,10 @@ def _columns(file: StudyFile) -> dict[str, float | Range]:
                 )
                 continue
             try:
-                columns[column] = _column_value(column, value, parameter.low, parameter.high)
+                columns[column] = _column_value(key, value, parameter.low, parameter.high)
             except InputError as error:
                 problems.append(str(error))
+                refused = refused or isinstance(value, RangeSection)
         given = {name: value for name, value in given.items() if name not in names}
         given.pop(parameter.name, None)
     known = [*columns, *(p.name for p in method.parameters), *(o.name for o in method.options)]
@@ -249,11 +256,34 @@ def _columns(file: StudyFile) -> dict[str, float | Range]:
         for name in given
     ]
     problems += _option_problems(file, method)
-    if not any(isinstance(value, Range) for value in columns.values()):
+    if not refused and not any(isinstance(value, Range) for value in columns.values()):
         problems.append("space.parameters: nothing is searched (give at least one {low, high})")
     if problems:
         raise InputError("\n".join(dict.fromkeys(problems)))
     return columns
+
+
+def _form_problems(file: StudyFile) -> list[str]:
+    """Return what is wrong with the space whatever the method is."""
+    problems = []
+    try:
+        parse_spec(file.space.partition)
+    except InputError as error:
+        problems.append(f"space.{error}")
+    for name, value in file.space.parameters.items():
+        if isinstance(value, RangeSection):
+            try:
+                _require_order(name, value)
+            except InputError as error:
+                problems.append(str(error))
+    return problems
+
+
+def _require_order(name: str, value: RangeSection) -> None:
+    if not value.low < value.high:
+        raise InputError(
+            f"space.parameters.{name}: low {value.low:g} must be < high {value.high:g}"
+        )
 
 
 def _experts_problem(method: Method, count: int) -> list[str]:
@@ -267,8 +297,7 @@ def _experts_problem(method: Method, count: int) -> list[str]:
 def _column_value(column: str, value: object, low: float, high: float) -> float | Range:
     where = f"space.parameters.{column}"
     if isinstance(value, RangeSection):
-        if not value.low < value.high:
-            raise InputError(f"{where}: low {value.low:g} must be < high {value.high:g}")
+        _require_order(column, value)
         if value.low < low or value.high > high:
             raise InputError(f"{where}: must lie in [{low:g}, {high:g}]")
         return Range(value.low, value.high)

@@ -151,6 +151,7 @@ class RayPool:
         self._numbers: set[int] = set()
         self._finished: list[Outcome] = []
         self._slots = [_Slot(index) for index in range(workers)]
+        self._up = False  # whether a worker ever was
         self._failed_starts = 0
         self._broken: EvomergeError | None = None
         self._facts: dict[str, str] = {}
@@ -301,11 +302,6 @@ class RayPool:
             f"resources ({self._cpus:g} CPU, {self._gpus:g} GPU per worker)"
         )
 
-    @property
-    def _up(self) -> bool:
-        """Whether a worker has ever been up; its facts are those of all."""
-        return bool(self._facts)
-
     # -- running ----------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
@@ -325,17 +321,28 @@ class RayPool:
         timeout = max(0.0, min(seconds, due, _SLICE_SECONDS))
         refs, ready = list(busy), []
         if refs:
-            ready, _ = self._ray.wait(refs, num_returns=1, timeout=timeout)
+            ready = self._ready(refs, 1, timeout)
         else:  # every worker is dead and waits for its next try
             time.sleep(timeout)
         if ready:
-            ready, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
+            ready = self._ready(refs, len(refs), 0)
         for ref in ready:
             self._on_ready(busy[ref])
         for slot in self._slots:
             if time.monotonic() >= slot.deadline:
                 self._on_timeout(slot)
         self._dispatch()
+
+    def _ready(self, refs: list[Any], count: int, timeout: float) -> list[Any]:
+        try:
+            ready: list[Any] = self._ray.wait(refs, num_returns=count, timeout=timeout)[0]
+        except SystemError as error:
+            # What the handler of a signal raises inside of Ray comes out as the cause of this.
+            signalled = error.__cause__ or error.__context__
+            if signalled is None or isinstance(signalled, Exception):
+                raise
+            raise signalled from None
+        return ready
 
     def _on_ready(self, slot: _Slot) -> None:
         ref, slot.ref = slot.ref, None
@@ -360,7 +367,7 @@ class RayPool:
             return
         slot.ready = True
         slot.deadline = math.inf
-        self._failed_starts = 0
+        self._up, self._failed_starts = True, 0
         self._facts = self._facts or value
 
     def _on_failed_start(self, slot: _Slot, error: EvomergeError, enough: int) -> None:

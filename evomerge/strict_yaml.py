@@ -25,9 +25,11 @@ class _Loader(yaml.SafeLoader):
         mark = self.get_mark()
         if self.check_event(yaml.AliasEvent):
             raise _ProblemError(mark, "aliases are not supported")
-        tag = getattr(self.peek_event(), "tag", None)
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]  # types-PyYAML lacks it
+        tag = getattr(event, "tag", None)
         if tag is not None:
-            raise _ProblemError(mark, f"tag {tag!r} is not allowed (write the value without it)")
+            problem = f"tag {tag!r} is not allowed (write the value without it)"
+            raise _ProblemError(event.start_mark, problem)
         self.depth = getattr(self, "depth", 0) + 1
         if self.depth > _MAX_DEPTH:
             raise _ProblemError(mark, f"nesting deeper than {_MAX_DEPTH}")

@@ -179,7 +179,6 @@ class Study:
             history = History.of(journal.records, str(self.directory))
             self._open(journal, history)
             self.on_open()
-            _retry(journal, history)
             run = _Run(self, journal, history, signals)
             try:
                 run.all_phases()
@@ -216,15 +215,11 @@ class Study:
         if changed:
             raise InputError(
                 f"{self.directory}: this study was begun with other settings; restore them, or "
-                "give a new study directory:\n" + "\n".join(changed)
+                "give the study file another `directory`:\n" + "\n".join(changed)
             )
-
-
-def _retry(journal: Journal, history: History) -> None:
-    """Ask again for the failures that stopped the study: who runs it again has mended something."""
-    stop = history.stop
-    if stop is not None and stop["reason"] == "failure":
-        history.add(journal.append("retry", split=stop["split"], trials=stop["trials"]))
+        stop = history.stop
+        if stop is not None and stop["reason"] == "failure":  # by now its cause was mended
+            history.add(journal.append("retry", split=stop["split"], trials=stop["trials"]))
 
 
 class _Run:
@@ -420,7 +415,8 @@ class _Run:
                 reason = f"{FAILURES_IN_A_ROW} trials in a row failed"
                 self._stop(reason, "search", self._first_failure)
             return self._penalty(), True
-        self._failures, self._first_failure = 0, None
+        if result.reused is None:  # else no worker was asked
+            self._failures, self._first_failure = 0, None
         losses = self._told(result.value)
         self._best = tuple(map(min, self._best or losses, losses))
         self._worst = tuple(map(max, self._worst or losses, losses))

@@ -303,21 +303,80 @@ def compared(contract: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Return one line per leaf that differs, with its dotted path."""
+#: What the study file calls a part of the contract, and what else decides it.
+_KEYS = {
+    "budget": "search.trials",
+    "parallel": "search.parallel",
+    "finalists": "search.finalists",
+    "scalarise": "on the weighted mean of the objectives",
+    "baselines": "baselines.task_arithmetic",
+    "items": "fitness.items",
+    "objectives": "fitness.tasks",
+    "dimension": "searched coefficients",
+    "identity.searcher": "search.searcher",
+    "identity.arguments": "search.arguments",
+    "identity.blocks": "space.partition",
+    "identity.space": "space, or what it is made of",
+    "identity.fitness": "questions and prompts of the tasks",
+    "identity.models": "models (their weights)",
+    "identity.base_files": "models.base",
+    "identity.batch_size": "fitness.batch_size",
+    "identity.device": "pool.device",
+    "identity.versions": "installed",
+}
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """Return one line per leaf that differs, in the words of the study file.
+
+    Numbers and short texts come first; of lists and digests it only says that they differ.
+    """
+    changes = sorted(_changes(old, new, ""), key=lambda change: not all(map(_plain, change[1:])))
+    return [f"  {_key(path)}: {_change(before, now)}" for path, before, now in changes]
+
+
+def _changes(old: Any, new: Any, path: str) -> list[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
         nested = [
-            differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+            _changes(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
             for key in keys
         ]
         return list(chain.from_iterable(nested))
-    return [] if old == new else [f"  {path}: {_brief(old)} -> {_brief(new)}"]
+    lists = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
+    if lists and all(isinstance(value, dict) for value in (*old, *new)):
+        pairs = enumerate(zip(old, new, strict=True))
+        inside = [_changes(before, now, f"{path}[{i}]") for i, (before, now) in pairs]
+        return list(chain.from_iterable(inside))
+    return [] if old == new else [(path, old, new)]
 
 
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+def _key(path: str) -> str:
+    known = next(
+        (key for key in _KEYS if path == key or path.startswith((f"{key}.", f"{key}["))), None
+    )
+    return path if known is None else _KEYS[known] + path[len(known) :]
+
+
+def _plain(value: Any) -> bool:
+    """Return whether a person can compare it with another: no list, no digest."""
+    return not isinstance(value, list) and not (isinstance(value, str) and len(value) >= 16)
+
+
+def _change(old: Any, new: Any) -> str:
+    if _plain(old) and _plain(new):
+        return f"{json.dumps(old)} -> {json.dumps(new)}"
+    before, now = _sizes(old), _sizes(new)
+    return "other ones" if before == now else f"{before} -> {now}"
+
+
+def _sizes(value: Any) -> str:
+    """Return how much there is of a list, or of each of its lists."""
+    if not isinstance(value, list):
+        return "others" if not _plain(value) else json.dumps(value)
+    if value and all(isinstance(part, list) for part in value):
+        return " + ".join(str(len(part)) for part in value)
+    return f"{len(value)} of them"
 
 
 def compare(recorded: Trial, digest: str, trial: Trial) -> None:

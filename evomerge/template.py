@@ -14,14 +14,25 @@ def study_template(
     Args:
         base: directory or hub id, None for a placeholder.
         experts: (name, directory or hub id); placeholders where empty.
-        tasks: lm-eval task names; a placeholder where empty.
+        tasks: lm-eval task names; two that run no code where empty.
     """
     named = list(experts) or [("math", "models/math"), ("code", "models/code")]
     expert_lines = "\n".join(f"    {_text(name)}: {_text(source)}" for name, source in named)
-    task_lines = "\n".join(f"    - {_text(task)}" for task in tasks or ["gsm8k", "mbpp"])
+    task_lines = "\n".join(f"    - {_task(task)}" for task in tasks or list(_TASKS))
     return _TEMPLATE.format(
         base=_text(base or "models/base"), experts=expert_lines, tasks=task_lines
     )
+
+
+#: Tasks with several metrics or filters, and the choice that is usually reported.
+_TASKS = {
+    "gsm8k": "{task: gsm8k, metric: exact_match, filter: strict-match}",
+    "arc_challenge": "{task: arc_challenge, metric: acc_norm}",
+}
+
+
+def _task(name: str) -> str:
+    return _TASKS.get(name) or _text(name)
 
 
 def _text(value: str) -> str:
@@ -55,11 +66,12 @@ space:
 
 fitness:
   # lm-eval tasks; each is an objective. More control:
-  #   - {{task: gsm8k, metric: exact_match, filter: strict-match, name: math, weight: 1.0}}
+  #   - {{task: gsm8k, metric: exact_match, filter: flexible-extract, name: math, weight: 1.0}}
   tasks:
 {tasks}
   # Folders with your own task YAML files.
   include_path: []
+  # allow_task_code: true    # for tasks that run code, such as mbpp: in a container, say
   # Disjoint items of each task: counts, or fractions such as 0.1.
   items:
     search: 100              # scored for every trial

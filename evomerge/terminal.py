@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from evomerge.errors import InputError
 from evomerge.facts import front_rows, gains, one_unit, trial_name
@@ -48,6 +52,18 @@ def make_console(stderr: bool = False) -> Console:
     return console if console.is_terminal else Console(stderr=stderr, width=max(console.width, 120))
 
 
+class _Bars(Progress):
+    """Bars, and below them one line that may be cut off; the bars never are."""
+
+    note = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield what is shown."""
+        yield self.make_tasks_table(self.tasks)
+        if self.note:
+            yield Text(self.note, style="dim", no_wrap=True, overflow="ellipsis")
+
+
 class LiveProgress(StudyListener):
     """Bars on a terminal, plain lines elsewhere.
 
@@ -64,12 +80,13 @@ class LiveProgress(StudyListener):
         self._replayed = 0
         self._phase: Phase | None = None
         self._spoke = 0.0
-        self._bar: Progress | None = None
+        self._bar: _Bars | None = None
         if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(),
-                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-                console=console,
+            self._bar = _Bars(
+                TextColumn("{task.description:<27}"),
+                BarColumn(max(5, min(40, console.width - 70))), MofNCompleteColumn(),
+                TextColumn("elapsed"), TimeElapsedColumn(),
+                TextColumn("left"), TimeRemainingColumn(), console=console,
             )  # fmt: skip
         self._task: int | None = None
 
@@ -91,7 +108,7 @@ class LiveProgress(StudyListener):
         """Begin a bar or say so."""
         self._phase = phase
         if self._bar is not None:
-            self._task = self._bar.add_task(_PHASES[phase], total=total, note="")
+            self._task = self._bar.add_task(_PHASES[phase], total=total)
         else:
             self._console.print(f"{_PHASES[phase]}: {total} trials")
             self._spoke = time.monotonic()
@@ -126,10 +143,10 @@ class LiveProgress(StudyListener):
         """Move the bar, or print a line now and then."""
         note = self._note(progress)
         if self._bar is not None and self._task is not None:
+            self._bar.note = note
             self._bar.update(
-                self._bar.task_ids[self._task],
-                completed=progress.done, total=progress.total, note=note,
-            )  # fmt: skip
+                self._bar.task_ids[self._task], completed=progress.done, total=progress.total
+            )
         elif progress.done and (
             progress.done == progress.total or time.monotonic() - self._spoke > _LINE_SECONDS
         ):
@@ -149,12 +166,14 @@ class LiveProgress(StudyListener):
         if self._failed:
             parts.append(f"{self._failed} failed")
         if progress.phase in {"baselines", "search"}:
-            parts += [
+            best = [
                 f"{objective.name} {value:.3f}"
                 for objective, value in zip(self._objectives, self._best, strict=True)
                 if value is not None
             ]
-        return "  ".join(parts)
+            if best:
+                parts.append(f"best so far of each objective, search items: {', '.join(best)}")
+        return "; ".join(parts)
 
 
 def front_table(view: StudyView) -> Table:
@@ -163,7 +182,7 @@ def front_table(view: StudyView) -> Table:
     split = "held-out test items" if tested else f"{view.front_split} items"
     scores = view.test if tested else {t.number: view.scores(t.number) for t in view.trials}
     table = Table(
-        title=f"Pareto front and baselines, {split} (± standard error)", caption="★ recommended"
+        title=f"Pareto front and baselines, {split} (± standard error)", caption=_caption(view)
     )
     table.add_column("merge", no_wrap=True)
     table.add_column("trial", justify="right")
@@ -175,18 +194,26 @@ def front_table(view: StudyView) -> Table:
     mean = len(view.objectives) > 1 and len(directions) == 1 and one_unit(view.objectives)
     if mean:
         table.add_column("mean", justify="right")
-    for trial in front_rows(view):
-        evaluation = scores.get(trial.number)
-        if evaluation is None:
-            continue
+    rows = [trial for trial in front_rows(view, scores) if scores.get(trial.number) is not None]
+    last = sum(trial.number in view.front for trial in rows) - 1
+    for row, trial in enumerate(rows):
+        evaluation = scores[trial.number]
+        assert evaluation is not None
         on_front = trial.number in view.front
         name = trial_name(trial) + (" ★" if trial.number == view.knee else "")
         cells = [f"{score.value:.3f} ±{score.standard_error:.3f}" for score in evaluation.scores]
         if mean:
             cells.append(f"{sum(evaluation.values) / len(evaluation.values):.3f}")
         style = "bold green" if trial.number == view.knee else ("green" if on_front else "dim")
-        table.add_row(name, str(trial.number), *cells, style=style)
+        table.add_row(name, str(trial.number), *cells, style=style, end_section=row == last)
     return table
+
+
+def _caption(view: StudyView) -> str:
+    text = "★ recommended. Above the line the front, best mean first; below it other baselines."
+    if view.knee is not None and view.trial(view.knee).kind == "baseline":
+        text += "\nThe recommended merge is a baseline: the search found no better compromise."
+    return text
 
 
 def gains_table(view: StudyView) -> Table | None:
@@ -211,8 +238,14 @@ def run_with_progress(prepared: Prepared, console: Console) -> Finished:
     """Run a study while showing how far it is."""
     for warning in prepared.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False)
+    pool = prepared.file.pool
+
+    def starting() -> None:
+        count = 1 if pool.kind == "serial" else pool.workers
+        console.print(f"starting {count} worker{'s' * (count != 1)} ...", highlight=False)
+
     with LiveProgress(console, prepared.tasks.objectives) as live:
-        return run(prepared, [live])
+        return run(prepared, [live], starting)
 
 
 def print_finished(console: Console, finished: Finished) -> None:
@@ -222,6 +255,10 @@ def print_finished(console: Console, finished: Finished) -> None:
     table = gains_table(view)
     if table is not None:
         console.print(table)
+    activate = activation()
+    if activate:
+        console.print("\nOnce in this shell, so that the commands below are found:", style="bold")
+        _command(console, activate)
     console.print("\nLook:", style="bold")
     if finished.target is not None and finished.synced is not None:
         command = ui_command(finished.target)
@@ -231,19 +268,35 @@ def print_finished(console: Console, finished: Finished) -> None:
                       soft_wrap=True, highlight=False)  # fmt: skip
     if finished.problem:
         console.print(
-            f"  MLflow lacks something ({finished.problem}); send it later with:", markup=False
-        )
+            f"  MLflow lacks something ({finished.problem}); send it later with:",
+            markup=False, highlight=False,
+        )  # fmt: skip
         _command(console, f"evomerge sync {view.directory}")
     console.print("Take home:", style="bold")
     if view.knee is not None:
         _command(console, export_command(view, "--knee", "merged"))
-    other = next((number for number in view.front if number != view.knee), None)
+    other = next(
+        (t.number for t in front_rows(view) if t.kind == "search" and t.number != view.knee), None
+    )
     if other is not None:
         console.print("  or another point of the front, by its trial number:")
         _command(console, export_command(view, f"--trial {other}", f"merged-{other}"))
     console.print("Where:", style="bold")
     console.print(f"  journal, study file and MLflow store: {view.directory}",
                   soft_wrap=True, highlight=False)  # fmt: skip
+
+
+def activation() -> str:
+    """Return the command that puts ``evomerge`` on the PATH; empty where it is there already."""
+    folder = Path(sys.executable).parent
+    if not (folder / "evomerge").exists() or not (folder / "activate").exists():
+        return ""
+    found = shutil.which("evomerge")
+    if found is not None and Path(found).resolve() == (folder / "evomerge").resolve():
+        return ""
+    here = Path.cwd()
+    shown = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    return f"source {shlex.quote(str(shown / 'activate'))}"
 
 
 def _command(console: Console, command: str) -> None:

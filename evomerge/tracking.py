@@ -81,7 +81,12 @@ def sync(projection: Projection, target: Target) -> Synced:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:300]
+    text = str(error).partition("\n")[0]
+    # MLflow quotes the whole report of urllib3; its end says what happened.
+    _, failed, report = text.partition(" failed with exception ")
+    if failed:
+        text = "no answer: " + report.rpartition(": ")[2].strip("\"')")
+    return text[:300]
 
 
 class _Store:
@@ -265,6 +270,8 @@ def _limit_mlflow() -> None:
     """Set what MLflow reads from the environment when it is imported; the user's values stay."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # It announces every retry in paragraphs; what comes of them is said once, by ``Tracker``.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
 def _client(uri: str) -> MlflowClient:

@@ -188,6 +188,8 @@ def _live_model(models: Models, auto: str, dtype: str, device: torch.device) -> 
     import torch
     import transformers
 
+    # It would be drawn into the study's own progress, once per worker.
+    transformers.utils.logging.disable_progress_bar()
     try:
         model = getattr(transformers, auto).from_pretrained(
             models.base.directory,

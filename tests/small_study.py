@@ -10,6 +10,7 @@ from pathlib import Path
 from evomerge.layout import partition
 from evomerge.models import Models
 from evomerge.pool import SerialPool
+from evomerge.presentation import STUDY_FILE
 from evomerge.recipe import ModelRef, Recipe
 from evomerge.search.protocol import Candidate, SearchProblem, Told
 from evomerge.study import Baseline, Study
@@ -150,5 +151,5 @@ def finished(
 ) -> StudyView:
     """Run a study to its end and return its view."""
     view = small_study(directory, objectives, budget, models=models).run()
-    (directory / "study.yaml").write_text("name: strings\nseed: 3\n")
+    (directory / STUDY_FILE).write_text("name: strings\nseed: 3\n")
     return view

@@ -11,6 +11,8 @@ import pytest
 
 from evomerge import cli
 from evomerge.config import load
+from evomerge.journal import JOURNAL
+from evomerge.presentation import STUDY_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -122,6 +124,17 @@ search: {searcher: cmaa}
     ):
         assert text in err
     assert [p.name for p in tmp_path.iterdir()] == ["study.yaml"]
+
+
+def test_the_resolved_file_was_not_usable_as_study(tmp_path: Path) -> None:
+    directory = tmp_path / "studies/tiny"
+    directory.mkdir(parents=True)
+    text = "name: tiny\ndirectory: studies/tiny\nmodels: {base: b, experts: {a: a}}\n"
+    for path in (tmp_path / "study.yaml", directory / STUDY_FILE):
+        path.write_text(text + "fitness: {tasks: [t]}\n")
+    (directory / JOURNAL).touch()
+    for path in (tmp_path / "study.yaml", directory / STUDY_FILE, directory):
+        assert cli._study_directory(str(path)).resolve() == directory.resolve()
 
 
 def test_schema_is_json(

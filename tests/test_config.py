@@ -96,6 +96,11 @@ def test_single_problems(tmp_path: Path, setting: str, problem: str) -> None:
     assert found[0].startswith(problem)
 
 
+def test_an_expert_called_base_is_refused(tmp_path: Path) -> None:
+    found = problems(tmp_path, MINIMAL.replace("math: models/math", "base: models/math"))
+    assert found == ('models.experts.base: is the base\'s own name (choose another), got "base"',)
+
+
 def test_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL)
     study = load(path, ["search.trials=7", "models.base=other", "fitness.items.search=0.5"])

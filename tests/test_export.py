@@ -18,12 +18,12 @@ from small_study import EXPERTS, finished
 
 import evomerge.export as export_module
 from evomerge import atomic_directory
-from evomerge.errors import InputError, NothingUsableError, RecipeError, StorageError
-from evomerge.export import Exported, choose, export, public_sources
+from evomerge.errors import InputError, ModelError, NothingUsableError, RecipeError, StorageError
+from evomerge.export import Exported, choose, export, public_recipe, public_sources
 from evomerge.model_card import hub_ids
 from evomerge.models import Models, open_models
 from evomerge.recipe import Recipe
-from evomerge.scoring import Scoring, lm_eval_command, lm_eval_runs
+from evomerge.scoring import Scoring, lm_eval_command, lm_eval_notes, lm_eval_runs
 from evomerge.study_view import StudyView
 
 SCORING = Scoring(
@@ -365,6 +365,108 @@ class TestScoring:
         assert args.tasks == ["reverse", "sort"] or args.tasks == "reverse,sort"
 
 
-def test_a_hub_model_is_named_by_its_id(models: Models) -> None:
-    assert public_source(replace(models.base, source="owner/base@v1")) == "owner/base@v1"
-    assert public_source(models.base) == "./base"
+class TestNotes:
+    """What the lm_eval command cannot say stands beside it."""
+
+    SEVERAL = replace(
+        SCORING, include_path=("fitness", "more tasks", "/home/CANARY/own"), num_fewshot=(0, 2)
+    )
+
+    def test_several_folders_and_calls(self) -> None:
+        runs = lm_eval_runs(self.SEVERAL, [("1",), ("2",)])
+        assert lm_eval_notes(self.SEVERAL, runs) == [
+            "lm_eval takes one --include_path, the study used several folders: put the task files "
+            "of more tasks, own into fitness too, with the data that they name.",
+            "The study scored all tasks together; lm_eval needs 2 calls, whose batches hold other "
+            "items, so values may differ by rounding.",
+        ]
+        assert lm_eval_notes(SCORING, lm_eval_runs(SCORING, [("1",), ("2",)])) == []
+        bare = replace(SCORING, include_path=())
+        assert lm_eval_notes(bare, lm_eval_runs(bare, [("1",), ("2",)])) == []
+
+    def test_they_are_in_scores_card_and_result(
+        self, tmp_path: Path, view: StudyView, models: Models
+    ) -> None:
+        """Only the first folder was named, and nothing told that others are missing."""
+        result = export(view, choose(view), models, tmp_path / "m", self.SEVERAL)
+        scores = json.loads((tmp_path / "m" / "evomerge_scores.json").read_text())
+        assert len(scores["reproduce"]["commands"]) == 2
+        assert scores["reproduce"]["notes"] == list(result.notes)
+        card = (tmp_path / "m" / "README.md").read_text()
+        assert len(result.notes) == 2
+        assert all(note in card for note in result.notes)
+        assert "CANARY" not in card
+
+
+class TestPublicSources:
+    @staticmethod
+    def named(models: Models, *paths: Path) -> list[str]:
+        for path in paths:
+            path.mkdir(parents=True, exist_ok=True)
+        made = [
+            replace(models.base, name=f"n{k}", source=str(path), directory=path)
+            for k, path in enumerate(paths)
+        ]
+        return list(public_sources(made))
+
+    def test_a_hub_model_is_named_by_its_id(self, models: Models) -> None:
+        hub = replace(models.base, source="owner/base@v1")
+        assert public_sources([hub, models.base]) == ("owner/base@v1", "./base")
+
+    def test_directories_of_one_name_are_told_apart(self, models: Models, tmp_path: Path) -> None:
+        """math/final and code/final were both ./final."""
+        paths = [tmp_path / name for name in ("math/final", "code/final", "base")]
+        assert self.named(models, *paths) == ["./math/final", "./code/final", "./base"]
+        deep = [tmp_path / name for name in ("a/x/final", "b/x/final", "c/final")]
+        assert self.named(models, *deep) == ["./a/x/final", "./b/x/final", "./c/final"]
+
+    def test_a_home_directory_is_not_named(
+        self, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path / "alice"))
+        paths = [tmp_path / "alice" / "final", tmp_path / "data" / "final"]
+        assert self.named(models, *paths) == ["./n0/final", "./data/final"]
+
+    def test_recipe_and_mergekit_configuration_keep_all_models(
+        self, models: Models, tmp_path: Path
+    ) -> None:
+        folders = []
+        for checkpoint in (models.base, *models.experts):
+            folders.append(tmp_path / checkpoint.name / "final")
+            shutil.copytree(checkpoint.directory, folders[-1])
+        opened = open_models(
+            str(folders[0]), list(zip(EXPERTS, map(str, folders[1:]), strict=True))
+        )
+        base, experts = opened.refs
+        recipe = Recipe(
+            "linear", base, experts, "model", opened.layout.digest,
+            tuple(f"weight.{name}" for name in EXPERTS), ((0.2, 0.3, 0.5),),
+        )  # fmt: skip
+        public = public_recipe(recipe, opened)
+        sources = [ref.source for ref in (public.base, *public.experts)]
+        assert sources == [f"./{folder.parent.name}/final" for folder in folders]
+
+
+class TestCompanions:
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+    def test_links_out_of_the_model_are_not_followed(
+        self, tmp_path: Path, view: StudyView, models: Models, name: str
+    ) -> None:
+        """A linked private file travelled with the export."""
+        shutil.copytree(models.base.directory, tmp_path / "base")
+        (tmp_path / "base" / name).rename(tmp_path / "private.json")
+        (tmp_path / "base" / name).symlink_to(tmp_path / "private.json")
+        linked = replace(models, base=replace(models.base, directory=tmp_path / "base"))
+        with pytest.raises(ModelError, match=f"models.base: {name} is a link that leaves base"):
+            export(view, choose(view), linked, tmp_path / "m")
+        assert left_behind(tmp_path) == ["base", "private.json"]
+
+    def test_a_damaged_one_is_named_before_the_merge(
+        self, tmp_path: Path, view: StudyView, models: Models
+    ) -> None:
+        shutil.copytree(models.base.directory, tmp_path / "base")
+        (tmp_path / "base" / "generation_config.json").write_text("{oops")
+        broken = replace(models, base=replace(models.base, directory=tmp_path / "base"))
+        with pytest.raises(ModelError, match=r"base/generation_config\.json: invalid JSON"):
+            export(view, choose(view), broken, tmp_path / "m")
+        assert left_behind(tmp_path) == ["base"]

@@ -35,7 +35,7 @@ LEVELS = (
     ),
     ("tracking_target", "tracking", "mergekit_yaml", "model_card", "export", "one_shot"),
     ("config",),
-    ("prepare", "template", "catalogue"),
+    ("capacity", "prepare", "template", "catalogue"),
     ("take_home", "facts", "launch", "bench"),
     ("terminal", "byte_progress"),
     ("demo_pool", "demo", "cli", "__main__"),

@@ -279,7 +279,7 @@ def test_masses_are_the_l1_norms_of_the_task_vectors(llama_family: Family, dtype
             for k in range(sources.experts)
         )
         assert masses[label] == pytest.approx(expected, rel=1e-12)
-        assert masses[label] > 0
+        assert (masses[label] > 0) == (label != "final")  # its norm is the same in all models
 
 
 def damage(path: Path, number: float) -> None:

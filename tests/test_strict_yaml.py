@@ -30,8 +30,33 @@ def test_scalars_are_yaml_1_2() -> None:
         ("a:\n  b: 1\n  b: 2", "3:3 b: duplicate key (first at line 2)"),
         (
             "a: !!python/object/apply:os.system [x]",
-            "1:4 tag 'tag:yaml.org,2002:python/object/apply:os.system' is not allowed",
+            "1:4 tag 'tag:yaml.org,2002:python/object/apply:os.system' is not allowed "
+            "(write the value without it)",
         ),
+        *(
+            (
+                f"a: {tag} {value}",
+                f"1:4 tag 'tag:yaml.org,2002:{tag[2:]}' is not allowed "
+                "(write the value without it)",
+            )
+            for tag, value in (
+                ("!!int", '"abc"'),
+                ("!!timestamp", "x"),
+                ("!!float", "x"),
+                ("!!bool", "x"),
+                ("!!binary", "é"),
+                ("!!omap", "3"),
+                ("!!str", "5"),
+                ("!!map", "{}"),
+            )
+        ),
+        (
+            "!!int x: 1",
+            "1:1 tag 'tag:yaml.org,2002:int' is not allowed (write the value without it)",
+        ),
+        ("a: ! 5", "1:4 tag '!' is not allowed (write the value without it)"),
+        ("a: [1, " + "9" * 5000 + "]", "1:8 number of 5000 digits is too long"),
+        ('a: "\\UFFFFFFFF"', "not valid YAML: Python int too large to convert to C int"),
         ("a:\n\tb: 1", "2:1 tabs are not allowed for indentation"),
         ("a: 1\n---\nb: 2", "expected one YAML document, found 2"),
         ("a: [1", "1:6 expected ',' or ']', but got '<stream end>'"),

@@ -18,6 +18,7 @@ from toy_study import (
     ToySearcher,
     ToySplit,
     ToyStudyFactory,
+    ToyStudyWorker,
     decode,
     item_score,
     recipe,
@@ -245,6 +246,19 @@ def test_without_validation_items_the_front_is_by_search_scores(tmp_path: Path) 
     assert view.front
 
 
+def test_one_merge_stood_twice_on_the_front(tmp_path: Path) -> None:
+    x = (0.6,) * DIMENSION
+    twins = (Baseline("uniform", x, decode(x)), Baseline("task_arithmetic:0.5", x, decode(x)))
+    _, second = twins
+    view = toy_study(tmp_path / "s", baselines=twins, budget=1, finalists=1).run()
+    assert set(view.validation) >= {0, 1}
+    assert 1 not in view.front
+    lines = (tmp_path / "s" / JOURNAL).read_bytes().splitlines(keepends=True)
+    (tmp_path / "s" / JOURNAL).write_bytes(b"".join(lines[:-1]))  # without the last word
+    assert 1 not in StudyView.load(tmp_path / "s").front
+    assert second.recipe.digest == view.trials[0].recipe.digest
+
+
 # -- reuse and failure ----------------------------------------------------------------------
 
 
@@ -306,7 +320,7 @@ def test_the_first_penalty_without_any_success_is_fixed(tmp_path: Path) -> None:
 
 
 def test_ten_failures_in_a_row_stop_the_study_and_a_rerun_goes_on(tmp_path: Path) -> None:
-    text = r"^10 trials in a row failed; the last one: RuntimeError: weight .* is too heavy$"
+    text = r"^10 trials in a row failed; the last one: RuntimeError: weight .* is too heavy \(mend"
     with pytest.raises(NothingUsableError, match=text):
         toy_study(tmp_path / "s", limit=-9.0).run()
     view = StudyView.load(tmp_path / "s")
@@ -315,11 +329,62 @@ def test_ten_failures_in_a_row_stop_the_study_and_a_rerun_goes_on(tmp_path: Path
     assert "too heavy" in view.message
     assert view.front == ()
     assert view.knee is None
-    # The user mends what was broken and gives the same command again.
+    # The user mends what was broken and gives the same command again: nothing of the breakage is
+    # left, neither the failures nor what the searcher made of them.
     view = toy_study(tmp_path / "s").run()
     assert view.state is StudyState.FINISHED
-    assert view.counts.failed == 10
-    assert view.counts.done == 13
+    assert view.counts.failed == 0
+    assert view.counts.done == 23
+    calm = toy_study(tmp_path / "calm").run()
+    assert [(t.x, t.evaluation) for t in view.trials] == [(t.x, t.evaluation) for t in calm.trials]
+    assert (view.front, view.knee) == (calm.front, calm.knee)
+    assert set(view.times) == set(calm.times)
+
+
+@pytest.mark.parametrize("searcher", ["toy", "de", "nsga2"])
+def test_failures_of_the_setup_stayed_for_ever(tmp_path: Path, searcher: str) -> None:
+    """A row of failures in the middle is asked for again; what came before it stays."""
+    study = {"budget": 30, "searcher": searcher, "scalarise": searcher == "de"}
+    toy_study(tmp_path / "s", **study).run()
+    calm = StudyView.load(tmp_path / "s")
+    asked = [i for i, r in enumerate(read(tmp_path / "s").records) if r["ev"] == "tell"]
+    _cut(tmp_path / "s", asked[9] + 1)
+    with pytest.raises(NothingUsableError, match="10 trials in a row failed"):
+        toy_study(tmp_path / "s", limit=-9.0, **study).run()
+    (stop,) = _events(tmp_path / "s", "stop")
+    assert stop["trials"][0] >= 10
+    assert StudyView.load(tmp_path / "s").counts.failed >= 10
+    _cut(tmp_path / "s", len(read(tmp_path / "s").records))  # killed right after the stop
+    view = toy_study(tmp_path / "s", **study).run()
+    assert [(t.x, t.evaluation) for t in view.trials] == [(t.x, t.evaluation) for t in calm.trials]
+    (retry,) = _events(tmp_path / "s", "retry")
+    assert retry["trials"] == stop["trials"]
+    before = (tmp_path / "s" / JOURNAL).read_bytes()
+    assert toy_study(tmp_path / "s", **study).run().front == calm.front
+    assert (tmp_path / "s" / JOURNAL).read_bytes() == before
+
+
+def test_finalists_that_all_failed_on_validation_are_scored_again(tmp_path: Path) -> None:
+    class Blind(SerialPool):
+        def wait(self, timeout: float | None = None) -> Sequence[Outcome]:
+            return [
+                replace(outcome, result=Failure("error", "no data"))
+                if len(self.asked[outcome.number][0]) == 5 else outcome
+                for outcome in super().wait(timeout)
+            ]  # fmt: skip
+
+        def submit(self, job: Job) -> None:
+            self.asked = {**getattr(self, "asked", {}), job.number: job.items}
+            super().submit(job)
+
+    factory = ToyStudyFactory(tmp_path / "log")
+    with pytest.raises(NothingUsableError, match="validation items; the last one: no data"):
+        toy_study(tmp_path / "s", make_pool=lambda: Blind(factory)).run()
+    searched = len(_events(tmp_path / "s", "tell"))
+    view = toy_study(tmp_path / "s").run()
+    assert view.state is StudyState.FINISHED
+    assert view.front == toy_study(tmp_path / "calm").run().front
+    assert len(_events(tmp_path / "s", "tell")) == searched
 
 
 def test_a_study_in_which_nothing_succeeded_says_so(tmp_path: Path) -> None:
@@ -421,8 +486,34 @@ def test_other_settings_are_refused_with_each_difference(tmp_path: Path) -> None
     assert "begun with other settings" in lines[0]
     assert '  identity.config: "abc" -> "xyz"' in lines
     assert "  seed: 7 -> 8" in lines
-    assert any(line.startswith("  identity.versions.numpy: ") for line in lines)
+    assert any(line.startswith("  installed.numpy: ") for line in lines)
     assert (tmp_path / "s" / JOURNAL).read_bytes() == before
+
+
+def test_a_new_name_or_an_unused_weight_was_refused(tmp_path: Path) -> None:
+    identity = {"searcher": "toy", "name": "old"}
+    toy_study(tmp_path / "s", identity=identity).run()
+    heavier = tuple(replace(objective, weight=9.0) for objective in OBJECTIVES)
+    again = toy_study(tmp_path / "s", identity={**identity, "name": "new"}, objectives=heavier)
+    assert again.run().state is StudyState.FINISHED
+    single = {"searcher": "cma", "scalarise": True}
+    toy_study(tmp_path / "one", **single).run()
+    with pytest.raises(InputError, match=r"fitness\.tasks\[0\]\.weight: 2\.0 -> 9\.0"):
+        toy_study(tmp_path / "one", **single, objectives=heavier).run()
+
+
+def test_what_is_called_on_open_comes_after_the_check_and_may_refuse(tmp_path: Path) -> None:
+    def full() -> None:
+        assert _events(tmp_path / "s", "open")
+        assert not _events(tmp_path / "s", "ask")
+        raise StorageError("no space")
+
+    with pytest.raises(StorageError, match="no space"):
+        toy_study(tmp_path / "s", on_open=full).run()
+    called: list[int] = []
+    with pytest.raises(InputError, match="begun with other settings"):
+        toy_study(tmp_path / "s", seed=8, on_open=lambda: called.append(1)).run()
+    assert called == []
 
 
 def test_a_searcher_that_asks_differently_is_refused_with_trial_and_dimension(
@@ -515,6 +606,38 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="at once by a second signal"):
         toy_study(tmp_path / "s", make_pool=lambda: Hanging(factory)).run()
     assert time.monotonic() - started < 30
+
+
+def test_a_second_signal_inside_a_serial_trial_became_a_failed_trial(tmp_path: Path) -> None:
+    class Slow(ToyStudyWorker):
+        runs = 0
+
+        def run(self, job: Job) -> Evaluation:
+            Slow.runs += 1
+            if Slow.runs == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+            return super().run(job)
+
+    make_pool = lambda: SerialPool(lambda: Slow(tmp_path / "log", 10.0, 0.0))  # noqa: E731
+    with pytest.raises(Interrupted, match="at once by a second signal") as caught:
+        toy_study(tmp_path / "s", make_pool=make_pool).run()
+    assert caught.value.exit_code == 130
+    assert not isinstance(caught.value, Exception), "a worker boundary would record it"
+    assert StudyView.load(tmp_path / "s").counts.failed == 0
+    toy_study(tmp_path / "s").run()
+    toy_study(tmp_path / "other").run()
+    assert _essence(tmp_path / "s") == _essence(tmp_path / "other")
+
+
+def test_a_signal_inside_a_listener_is_no_failure_of_the_listener(tmp_path: Path) -> None:
+    class Stopping(StudyListener):
+        def on_trial(self, trial: Trial, replayed: bool) -> None:
+            raise Interrupted("now", signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        toy_study(tmp_path / "s", listeners=(Stopping(),)).run()
 
 
 def test_running_trials_are_waited_for_only_so_long(tmp_path: Path) -> None:

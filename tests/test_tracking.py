@@ -19,13 +19,20 @@ import pytest
 from small_study import finished, small_study
 
 from evomerge.errors import InputError, SetupError
-from evomerge.presentation import project, redacted
-from evomerge.projection import Projection, metric_name
+from evomerge.presentation import STUDY_FILE, project, redacted
+from evomerge.projection import Projection, metric_name, trial_params
 from evomerge.study_listener import StudyListener
 from evomerge.study_view import StudyView
-from evomerge.tracking import Tracker, sync
-from evomerge.tracking_target import Synced, Target, tracking_target, ui_command, ui_url
-from evomerge.trial import Trial
+from evomerge.tracking import Tracker, pause_seconds, sync
+from evomerge.tracking_target import (
+    Synced,
+    Target,
+    anchored_uri,
+    tracking_target,
+    ui_command,
+    ui_url,
+)
+from evomerge.trial import Failure, Trial, TrialState
 
 pytestmark = [
     # MLflow's own models and its sqlite store, not our calls.
@@ -119,7 +126,7 @@ class TestSync:
         synced = sync(project(view), target)
         found = artifacts(target, synced.run_id)
         members = {f"recipes/{number}.json" for number in view.front}
-        assert set(found) == {"front.html", "front.csv", "front.png", "study.yaml", *members}
+        assert set(found) == {"front.html", "front.csv", "front.png", STUDY_FILE, *members}
         assert int(found["front.png"]) > 10_000
         for number in view.front:
             recipe = json.loads(found[f"recipes/{number}.json"])
@@ -174,6 +181,26 @@ class TestSync:
         assert run.data.tags["evomerge.front"] == "false"
         assert run.data.metrics["front"] == 0.0
 
+    def test_a_failed_trial_that_was_run_again_is_replaced(
+        self, view: StudyView, store: Path
+    ) -> None:
+        target = tracking_target(None, "again", store)
+        good = project(view)
+        number = next(trial.number for trial in view.trials if trial.evaluation and not trial.label)
+        failed = replace(
+            view.trials[number], evaluation=None, state=TrialState.FAILED,
+            failure=Failure("error", "no data"), recipe=view.trials[0].recipe,
+        )  # fmt: skip
+        trials = [failed if t.number == number else t for t in view.trials]
+        synced = sync(replace(good, trials=tuple(trials)), target)
+        assert sync(good, target).trials == 1
+        runs = children(target, synced)
+        assert len(runs) == len(view.trials)
+        assert runs[number].info.status == "FINISHED"
+        assert "evomerge.failure" not in runs[number].data.tags
+        assert runs[number].data.params == trial_params(view.trials[number])
+        assert sync(good, target).trials == 0
+
     def test_a_deleted_experiment_is_named(self, view: StudyView, store: Path) -> None:
         target = tracking_target(None, "deleted", store)
         sync(project(view), target)
@@ -206,6 +233,12 @@ class TestSync:
         assert done.returncode == 0, done.stderr
         assert done.stdout == ""
         assert done.stderr == ""
+
+
+def test_a_long_journal_was_read_again_every_two_seconds() -> None:
+    assert pause_seconds(0.001) == 2.0
+    for work in (0.5, 3.0, 40.0):
+        assert work / (work + pause_seconds(work)) <= 0.05 + 1e-12
 
 
 class Notify(StudyListener):
@@ -343,6 +376,14 @@ class TestTarget:
             tracking_target(uri, "evomerge", Path())
         assert "CANARY" not in str(caught.value)
         assert "MLFLOW_TRACKING_USERNAME" in str(caught.value)
+
+    def test_a_relative_database_is_anchored(self) -> None:
+        root = Path("/home/me/project")
+        assert anchored_uri("sqlite:///ml.db", root) == "sqlite:////home/me/project/ml.db"
+        for uri in ("sqlite:////data/ml.db", "http://host:5000", "postgresql://host/db"):
+            assert anchored_uri(uri, root) == uri
+        with pytest.raises(InputError, match="names no file"):
+            tracking_target(anchored_uri("sqlite:///", root), "evomerge", Path())
 
     @pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "./mlruns", "ftp://host", ""])
     def test_other_stores_are_refused(self, uri: str) -> None:

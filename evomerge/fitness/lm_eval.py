@@ -225,6 +225,8 @@ class _TaskIndex:
         """Return what may have been meant by an unknown task name."""
         near = get_close_matches(name, list(index), n=1, cutoff=0.6)
         hint = f" (did you mean {near[0]!r}?)" if near else " (`lm_eval ls tasks` lists them)"
+        if not self._include_paths:
+            hint += "; a task file of your own is looked for in the folders of fitness.include_path"
         for folder in self._include_paths:
             for path in sorted(folder.glob("**/*.yaml")):
                 try:
@@ -246,7 +248,8 @@ class _TaskIndex:
             reason = code_reason(entry.cfg, chain, home, tuple(metric_registry.keys()))
             if reason:
                 raise TaskError(
-                    f"{name!r} {reason}; pass --allow-task-code if you trust it with this machine"
+                    f"{name!r} {reason}; set fitness.allow_task_code: true if you trust it with "
+                    "this machine"
                 )
         if trusted:
             return dict(entry.cfg), chain, True

@@ -101,7 +101,7 @@ def _spilled(bits: Bits) -> Bits:
         return bits
     try:
         with tempfile.TemporaryFile() as file:
-            file.write(memoryview(bits).cast("B"))
+            file.write(bits.data.cast("B"))
             file.flush()
             return np.memmap(file, dtype=bits.dtype, mode="r", shape=bits.shape)
     except OSError as error:

@@ -259,7 +259,7 @@ def _require_companions(base: Checkpoint) -> None:
     Raises:
         ModelError: a file of the base is a link to somewhere else, or is damaged.
     """
-    for name in ("config.json", *_COMPANIONS):
+    for name in ("config.json", *COMPANIONS):
         path = base.directory / name
         if path.is_file():
             require_inside(path, "models.base")

@@ -6,13 +6,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 pytest.register_assert_rewrite("evomerge.testing_pool")
 
-from evomerge.errors import SetupError  # noqa: E402 - after the assert rewrite
+from evomerge import ray_pool  # noqa: E402 - after the assert rewrite
+from evomerge.errors import SetupError  # noqa: E402
 from evomerge.pool import Pool, SerialPool  # noqa: E402
 from evomerge.ray_pool import RayPool  # noqa: E402
 from evomerge.testing_pool import (  # noqa: E402
@@ -22,11 +24,36 @@ from evomerge.testing_pool import (  # noqa: E402
     ToyWorker,
     toy_recipe,
 )
-from evomerge.trial import Evaluation, Failure, Job, Worker, WorkerFactory  # noqa: E402
+from evomerge.trial import (  # noqa: E402
+    Evaluation,
+    Failure,
+    Job,
+    Outcome,
+    Worker,
+    WorkerFactory,
+)
 
 
 def _job(number: int, **options: str | float | bool) -> Job:
     return Job(number, toy_recipe(float(number), **options), (("a", "b"),))
+
+
+@dataclass(frozen=True)
+class LimitedFactory:
+    """Notes each start in ``folder``; those after ``first`` fail, until there were ``last``."""
+
+    folder: str
+    first: int
+    last: int
+    seconds: float = 0.0
+
+    def __call__(self) -> Worker:
+        number = len(list(Path(self.folder).glob("start*")))
+        (Path(self.folder) / f"start{os.getpid()}").touch()
+        if self.first <= number < self.last:
+            time.sleep(self.seconds)
+            raise RuntimeError("the memory is not free yet")
+        return ToyWorker()
 
 
 class TestSerialPool(PoolConformance):
@@ -73,6 +100,53 @@ class TestRayPool(ProcessPoolConformance):
             "timeout", "took longer than 1 s; its worker was killed"
         )
         assert isinstance(outcomes[1].result, Evaluation)
+        pool.close()
+
+    def test_a_replacement_that_could_not_start_ended_everything(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ray_pool, "_RETRY_SECONDS", (0.2, 1.0))
+        factory = LimitedFactory(str(tmp_path), 2, 4)  # the third and fourth start fail
+        pool = RayPool(factory, workers=2, start_timeout=120.0)
+        while len(list(tmp_path.glob("start*"))) < 2:
+            pool._step(0.1)
+        pool.submit(_job(0, kill=str(tmp_path / "killed")))
+        pool.submit(_job(1, sleep=2.0))
+        outcomes: dict[int, Outcome] = {}
+        while len(outcomes) < 2:
+            outcomes |= {outcome.number: outcome for outcome in pool.wait(60.0)}
+        assert all(isinstance(outcome.result, Evaluation) for outcome in outcomes.values())
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("start*"))) < 5 or not all(s.ready for s in pool._slots):
+            pool._step(0.1)
+            assert time.monotonic() < deadline, "the dead worker was never replaced"
+        pool.close()
+
+    def test_what_finished_comes_before_the_error_that_no_worker_is_left(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ray_pool, "_RETRY_SECONDS", (0.1, 0.1))
+        pool = RayPool(LimitedFactory(str(tmp_path), 1, 99), workers=1, start_timeout=120.0)
+        pool.submit(_job(0))
+        pool.submit(_job(1, kill="always"))
+        outcomes = []
+        with pytest.raises(SetupError, match="the memory is not free yet"):
+            while True:
+                outcomes += pool.wait(60.0)
+        assert [outcome.number for outcome in outcomes] == [0]
+        assert len(list(tmp_path.glob("start*"))) == 1 + 3, "3 starts in a row are tried"
+        pool.close()
+
+    def test_a_replacement_that_never_comes_up_is_given_up(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ray_pool, "_RETRY_SECONDS", (0.1, 0.1))
+        factory = LimitedFactory(str(tmp_path), 1, 99, seconds=600.0)
+        pool = RayPool(factory, workers=1, start_timeout=120.0, max_attempts=2)
+        pool._start_timeout = 3.0
+        pool.submit(_job(0, kill="always"))
+        with pytest.raises(SetupError, match="no worker came up within 3 s"):
+            pool.wait(100.0)
         pool.close()
 
     def test_threads_follow_cpus_per_worker(self) -> None:

@@ -246,5 +246,5 @@ print(json.dumps([len(parent), sorted(map(int, children["tags.evomerge.trial"]))
     parents, trials, artifacts, front = json.loads(done.stdout.splitlines()[-1])
     assert parents == 1
     assert trials == list(range(6 + 24))
-    assert {"front.html", "front.csv", "study.yaml", "recipes"} <= set(artifacts)
+    assert {"front.html", "front.csv", "study.resolved.yaml", "recipes"} <= set(artifacts)
     assert front == sum(merge["front"] for merge in finished["merges"])

@@ -55,10 +55,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         made = {key: value.copy() for key, value in base.items()}
         for key in ("one", "vector", "matrix"):
             full = f"model.layers.0.{key}.weight"
-            made[full] += 0.05 * rng.standard_normal(made[full].shape).astype(np.float32)
+            made[full] += 0.05 * rng.standard_normal(made[full].shape, dtype=np.float32)
         if k == 1:
             made["model.layers.1.single.weight"] += np.float32(0.25)
-        signs = np.where(rng.random((16, 16)) < 0.5, np.float32(-0.5), np.float32(0.5))
+        signs = rng.choice(np.asarray([-0.5, 0.5], np.float32), (16, 16))
         made["model.layers.1.flat.weight"] += signs
         named.append((name, save(folder / name, made)))
     return open_models(save(folder / "base", base), named)

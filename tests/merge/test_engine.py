@@ -248,6 +248,13 @@ def test_a_b_a_gives_a_and_unchanged_spans_are_skipped(llama_family: Family) -> 
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_device_path_equals_the_cpu_kernels(llama_family: Family, method: str, dtype: str) -> None:
+    require_device_equals_kernels(llama_family, method, dtype, "cpu")
+
+
+def require_device_equals_kernels(
+    llama_family: Family, method: str, dtype: str, where: str
+) -> None:
+    """Compare the merge in torch on one device with the CPU kernels, bit for bit."""
     import torch
 
     from evomerge.merge import device
@@ -255,7 +262,7 @@ def test_device_path_equals_the_cpu_kernels(llama_family: Family, method: str, d
     models = open_family(llama_family, TORCH_NAMES[dtype], min(METHODS[method].experts[1] or 3, 3))
     rng = np.random.default_rng(3)
     merger = Merger(models)
-    sources = device.DeviceSources(merger.sources, torch.device("cpu"))
+    sources = device.DeviceSources(merger.sources, torch.device(where))
     declared = {parameter.name: parameter for parameter in METHODS[method].parameters}
 
     def value(column: str, row: int) -> float:
@@ -265,12 +272,13 @@ def test_device_path_equals_the_cpu_kernels(llama_family: Family, method: str, d
     recipe = make_recipe(models, method, "module", value)
     plan = merger.plan(recipe)
     outputs = [
-        torch.zeros(slot.size, dtype=getattr(torch, TORCH_NAMES[dtype]))
+        torch.zeros(slot.size, dtype=getattr(torch, TORCH_NAMES[dtype]), device=where)
         for slot in models.layout.slots
     ]
     cut = merger.partition("module")
     device.merge(plan, cut, sources, outputs, np.ones(len(cut.spans), np.bool_))
-    for output, expected in zip(outputs, merged_bits(models, recipe), strict=True):
+    for flat, expected in zip(outputs, merged_bits(models, recipe), strict=True):
+        output = flat.cpu()
         bits = output.view(torch.uint16).numpy() if dtype == "BF16" else output.numpy()
         np.testing.assert_array_equal(bits, expected)
 

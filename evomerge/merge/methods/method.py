@@ -88,9 +88,7 @@ class Method:
     options: tuple[Option, ...]
     experts: tuple[int, int | None]
     plan: Callable[[Recipe, Partition, Stats], Plan]
-    anchor: Callable[
-        [tuple[float, ...], Mapping[str, object]], dict[str, tuple[float, ...]] | None
-    ]
+    anchor: Callable[[tuple[float, ...], Mapping[str, object]], dict[str, tuple[float, ...]] | None]
 
     def parameter(self, name: str) -> Parameter:
         """Return a parameter.
