@@ -160,15 +160,6 @@ def test_ties_is_expressible_only_in_mergekits_flavour(
     assert reason in found.reason
 
 
-def test_ties_without_weights_says_the_default() -> None:
-    layout = llama()
-    made = replace(
-        recipe(layout, "ties", "model", zero_sum="plus"), columns=("lambda",), table=((0.5,),)
-    )
-    config = yaml.safe_load(mergekit_config(made, layout, SOURCES).text or "")
-    assert config["models"][1]["parameters"]["weight"] == 1.0
-
-
 def test_two_stacks_of_layers_cannot_be_sliced() -> None:
     names = [f"{tower}.layers.{i}.w.weight" for tower in ("vision", "text") for i in (0, 1)]
     layout = canonical(
