@@ -44,7 +44,8 @@ def capacity_warnings(pool: PoolSection, models: Models, dtype: str) -> list[str
         warnings.append(
             f"pool.workers: {workers} live {'model' if workers == 1 else 'models'} of "
             f"{live / 1e9:.2f} GB each and {sources / 1e9:.2f} GB of sources, "
-            f"{available / 1e9:.2f} GB of memory are available (use fewer workers, or a smaller space.dtype)"
+            f"{available / 1e9:.2f} GB of memory are available "
+            "(use fewer workers, or a smaller space.dtype)"
         )
     return warnings
 

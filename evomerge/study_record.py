@@ -331,7 +331,10 @@ def differences(old: Any, new: Any) -> list[str]:
 
     Numbers and short texts come first; of lists and digests it only says that they differ.
     """
-    changes = sorted(_changes(old, new, ""), key=lambda change: not all(map(_plain, change[1:])))
+    changes = _changes(old, new, "")
+    changes.sort(
+        key=lambda one: (not all(map(_plain, one[1:])), one[0].startswith("identity.versions"))
+    )
     return [f"  {_key(path)}: {_change(before, now)}" for path, before, now in changes]
 
 
@@ -359,8 +362,8 @@ def _key(path: str) -> str:
 
 
 def _plain(value: Any) -> bool:
-    """Return whether a person can compare it with another: no list, no digest."""
-    return not isinstance(value, list) and not (isinstance(value, str) and len(value) >= 16)
+    """Return whether a person can compare it with another: no collection, no digest."""
+    return not isinstance(value, list | dict) and not (isinstance(value, str) and len(value) >= 16)
 
 
 def _change(old: Any, new: Any) -> str:
@@ -373,7 +376,7 @@ def _change(old: Any, new: Any) -> str:
 def _sizes(value: Any) -> str:
     """Return how much there is of a list, or of each of its lists."""
     if not isinstance(value, list):
-        return "others" if not _plain(value) else json.dumps(value)
+        return json.dumps(value) if value is None or _plain(value) else "others"
     if value and all(isinstance(part, list) for part in value):
         return " + ".join(str(len(part)) for part in value)
     return f"{len(value)} of them"

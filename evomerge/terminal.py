@@ -210,7 +210,7 @@ def front_table(view: StudyView) -> Table:
 
 
 def _caption(view: StudyView) -> str:
-    text = "★ recommended. Above the line the front, best mean first; below it other baselines."
+    text = "★ recommended\nabove the line the front, best mean first; below it other baselines"
     if view.knee is not None and view.trial(view.knee).kind == "baseline":
         text += "\nThe recommended merge is a baseline: the search found no better compromise."
     return text

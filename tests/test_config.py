@@ -79,7 +79,7 @@ buget: 7
     ("setting", "problem"),
     [
         ("seed: 5000000000", "seed: should be less than or equal to 4294967295, got 5000000000"),
-        ("name: 'a/b; rm -rf'", "name: use letters, digits, '-' and '_'"),
+        ("name: 'a/b; rm -rf'", "name: use lowercase letters, digits, '-' and '_'"),
         ("search: {trials: true}", "search.trials: should be a valid integer, got true"),
         ("search: {trials: .nan}", "search.trials: should be a valid integer"),
         ("pool: {workers: 0}", "pool.workers: should be greater than or equal to 1, got 0"),

@@ -222,7 +222,7 @@ def test_function_is_refused_before_it_runs(zoo: Zoo, canary: Path) -> None:
     with one_task(zoo, body) as spec:
         assert refusal(zoo, spec) == (
             "tasks[0]: 'extra' loads Python code (extra.yaml: code.text); "
-            "pass --allow-task-code if you trust it with this machine"
+            "set fitness.allow_task_code: true if you trust it with this machine"
         )
         assert not canary.exists()
         allowed = load(zoo, spec, allow_task_code=True)
@@ -279,7 +279,9 @@ def test_process_results_may_spoil_its_document(zoo: Zoo, canary: Path) -> None:
 )
 def test_other_ways_to_code_are_refused(zoo: Zoo, extra: str, reason: str) -> None:
     with one_task(zoo, TASKS["likely"] + extra) as spec:  # of two equal keys the last one holds
-        assert refusal(zoo, spec).startswith(f"tasks[0]: 'extra' {reason}; pass --allow-task-code")
+        assert refusal(zoo, spec).startswith(
+            f"tasks[0]: 'extra' {reason}; set fitness.allow_task_code: true if you trust it"
+        )
 
 
 def test_templates_cannot_reach_python(zoo: Zoo) -> None:

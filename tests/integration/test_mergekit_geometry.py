@@ -54,7 +54,8 @@ class Difference:
     """How far two checkpoints are apart.
 
     Attributes:
-        steps: largest difference of an element, in rounding steps of the larger one.
+        steps: largest difference of an element, in steps: one rounding of the output, and four
+            of float32 per term of the sum (subtraction, product, addition, coefficient).
         unequal: share of elements that are not equal.
         relative: largest |ours - theirs| / |theirs| of a tensor (Euclidean norms).
     """
@@ -121,8 +122,12 @@ def random_recipe(
     )  # fmt: skip
 
 
-def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> Difference:
-    """Compare two checkpoints with the same tensors."""
+def difference(
+    ours: dict[str, torch.Tensor],
+    theirs: dict[str, torch.Tensor],
+    sources: list[dict[str, torch.Tensor]],
+) -> Difference:
+    """Compare two checkpoints with the same tensors, made from ``sources``."""
     import torch
 
     assert ours.keys() == theirs.keys()
@@ -131,7 +136,9 @@ def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -
     for key, mine in ours.items():
         assert mine.dtype == theirs[key].dtype
         a, b = mine.double(), theirs[key].double()
-        step = torch.finfo(mine.dtype).eps * torch.maximum(a.abs(), b.abs()).clamp(min=1e-30)
+        terms = sum(source[key].double().abs() for source in sources)
+        step = torch.finfo(mine.dtype).eps * torch.maximum(a.abs(), b.abs())
+        step += 4 * torch.finfo(torch.float32).eps * terms
         steps = max(steps, float(((a - b).abs() / step).max()))
         relative = max(relative, float((a - b).norm() / b.norm()))
         unequal += int((a != b).sum())
@@ -174,7 +181,7 @@ def test_mergekit_gives_the_same_geometry(tmp_path: Path, dtype: str, change: fl
         )
         recipe = random_recipe(models, method, spec, dict(options))
         switches = "".join(f", {key} {str(value).lower()}" for key, value in options.items())
-        name = f"{method}, {count} experts by {spec}{switches}"
+        name = f"{method}, {count} expert{'s' * (count > 1)} by {spec}{switches}"
         names.append(name)
         found = mergekit_config(recipe, models.layout, {n: f"./{n}" for n in ("base", *EXPERTS)})
         assert found.text is not None, found.reason
@@ -182,8 +189,11 @@ def test_mergekit_gives_the_same_geometry(tmp_path: Path, dtype: str, change: fl
         (tmp_path / name).mkdir()
         write_checkpoint(recipe, models, tmp_path / name, 5_000_000)
     run_mergekit(folder, tmp_path, names)
+    sources = [load_shards(folder / name) for name in ("base", *EXPERTS)]
     measured = {
-        name: difference(load_shards(tmp_path / name), load_shards(tmp_path / f"{name}-theirs"))
+        name: difference(
+            load_shards(tmp_path / name), load_shards(tmp_path / f"{name}-theirs"), sources
+        )
         for name in names
     }
     path = os.environ.get("EVOMERGE_PARITY_TABLE")
@@ -192,5 +202,6 @@ def test_mergekit_gives_the_same_geometry(tmp_path: Path, dtype: str, change: fl
         before = target.read_text() if target.exists() else HEADER
         target.write_text(before + table_rows(dtype, change, measured))
     for name, one in measured.items():
-        # Float32 coefficients of mergekit, then one rounding: a last bit here and there.
-        assert one.relative <= (3e-6 if dtype == "float32" else 2e-3), (name, one)
+        assert one.steps <= 1, (name, one)
+        # Few elements lie so near a boundary that a last bit of a coefficient moves them.
+        assert one.unequal <= (1.0 if dtype == "float32" else 1e-3), (name, one)
