@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 #: Far beyond the caches of a CPU, so that the copy is one of memory.
 _COPY_BYTES = 256 << 20
+_PARTS = 4
 #: A median of fewer says nothing about the spread.
 _REPEATS = 3
 #: More repetitions than these do not make a median better.
@@ -166,8 +167,11 @@ class CopyProbe:
         self._pool = ThreadPoolExecutor(threads)
         if device is None:
             source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+            # In several parts per thread, as the merge is: a thread that was held up by another
+            # program leaves its parts to the others.
+            parts = threads * _PARTS
             self._pairs = list(
-                zip(np.array_split(target, threads), np.array_split(source, threads), strict=True)
+                zip(np.array_split(target, parts), np.array_split(source, parts), strict=True)
             )
             return
         import torch

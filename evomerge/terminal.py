@@ -53,7 +53,7 @@ def make_console(stderr: bool = False) -> Console:
 
 
 class _Bars(Progress):
-    """Bars, and below them one line that may be cut off; the bars never are."""
+    """Bars, and below them what would push them out of a narrow terminal."""
 
     note = ""
 
@@ -61,7 +61,7 @@ class _Bars(Progress):
         """Yield what is shown."""
         yield self.make_tasks_table(self.tasks)
         if self.note:
-            yield Text(self.note, style="dim", no_wrap=True, overflow="ellipsis")
+            yield Text(self.note, style="dim")
 
 
 class LiveProgress(StudyListener):

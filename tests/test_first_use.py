@@ -8,29 +8,30 @@ import os
 import re
 import stat
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from small_study import finished
+from test_cli import call
 
-import evomerge.capacity as capacity
+from evomerge import capacity, demo
 from evomerge.config import PoolSection, load
-from evomerge.demo import _lay_out
 from evomerge.errors import InputError, Interrupted, ModelError, StudyFileError
 from evomerge.export import Exported
 from evomerge.facts import export_facts, export_lines, front_rows, status_facts, status_lines
+from evomerge.launch import Finished
 from evomerge.models import open_models
 from evomerge.prepare import _columns
 from evomerge.ray_pool import RayPool
 from evomerge.study_listener import Progress
 from evomerge.study_record import differences
 from evomerge.template import study_template
-from evomerge.terminal import LiveProgress, activation, front_table
+from evomerge.terminal import LiveProgress, activation, front_table, print_finished
 from evomerge.tracking import _first_line
 from evomerge.trial import Objective
-from small_study import finished
-from tests.test_cli import call
 
 FORM = "models: {base: b, experts: {math: m, code: c}}\nfitness: {tasks: [t]}\n"
 
@@ -57,7 +58,7 @@ def test_a_demo_folder_that_is_not_writable_was_a_traceback(
 ) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--out: .*file/demo: cannot be written: Not a directory"):
-        _lay_out(tmp_path / "file/demo")
+        demo._lay_out(tmp_path / "file/demo")
 
 
 def test_more_workers_than_processors_were_not_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +199,9 @@ def test_long_notes_pushed_the_bar_out_of_80_columns(width: int) -> None:
     assert "elapsed" in lines[-1]
     assert "left" in lines[-1]
     assert "finalists, validation items" in lines[-1]
-    assert "best so far of each objective, search items: a_rath" in stream.getvalue()
+    shown = " ".join(stream.getvalue().split())
+    assert "best so far of each objective, search items: a_rather_long" in shown
+    assert "name_4 0.500" in shown
 
 
 def exported(tmp_path: Path) -> Exported:
@@ -225,6 +228,30 @@ def test_status_did_not_say_on_which_items_the_best_was_best(tmp_path: Path) -> 
     assert best["value"] == view.validation[best["trial"]].values[0]
     assert "validation items)" in status_lines(facts)["best reverse"]
     assert isinstance(facts["hypervolume"], float)
+
+
+def test_a_baseline_was_offered_and_described_as_a_find_of_the_search(tmp_path: Path) -> None:
+    view = finished(tmp_path / "s")
+    assert any(view.trial(number).kind == "baseline" for number in view.front)
+    stream = io.StringIO()
+    print_finished(Console(file=stream, width=200), Finished(view, None, None, ""))
+    offered = re.search(r"--trial (\d+) ", stream.getvalue())
+    assert offered is not None
+    assert view.trial(int(offered[1])).kind == "search"
+    assert int(offered[1]) in view.front
+    chosen = replace(view, knee=next(n for n in view.front if view.trial(n).kind == "baseline"))
+    assert "is a baseline: the search found no better" in str(front_table(chosen).caption)
+
+
+def test_ctrl_c_while_training_said_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "train_pool", stopped)
+    with pytest.raises(Interrupted, match=r"stopped while training; .* finished models are kept"):
+        demo._train(Console(file=io.StringIO()), tmp_path, quick=True)
 
 
 def test_the_front_was_not_told_from_baselines_without_colour(tmp_path: Path) -> None:

@@ -138,6 +138,7 @@ class TestResolvedFile:
         take_home.export_trial(view, best=None, trial=None, out=copy / "merged", shards="5GB")
         scores = json.loads((copy / "merged/evomerge_scores.json").read_text())
         assert "pretrained=merged," in scores["reproduce"]["commands"][0]
+        assert {"lm_eval", "torch", "transformers"} <= set(scores["reproduce"]["versions"])
 
     def test_a_study_root_follows_the_depth_of_the_directory(self, tmp_path: Path) -> None:
         for inside in ("studies/tiny", "tiny", "./tiny", "."):

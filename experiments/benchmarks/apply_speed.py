@@ -98,8 +98,9 @@ def measure_apply(
     probe = CopyProbe(threads)
     copies = []
     for _ in range(repeats):
-        copies.append(probe.bytes_per_second())
         for case in cases:
+            # Before every merge: a bound that was itself disturbed would flatter them all.
+            copies.append(probe.bytes_per_second())
             case.run()
     probe.close()
     return [case.result(max(copies)) for case in cases], max(copies)

@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -38,22 +37,18 @@ def _job(number: int, **options: str | float | bool) -> Job:
     return Job(number, toy_recipe(float(number), **options), (("a", "b"),))
 
 
-@dataclass(frozen=True)
-class LimitedFactory:
-    """Notes each start in ``folder``; those after ``first`` fail, until there were ``last``."""
+def limited(folder: Path, first: int, last: int, seconds: float = 0.0) -> WorkerFactory:
+    """Note each start in ``folder``; those after ``first`` fail, until there were ``last``."""
 
-    folder: str
-    first: int
-    last: int
-    seconds: float = 0.0
-
-    def __call__(self) -> Worker:
-        number = len(list(Path(self.folder).glob("start*")))
-        (Path(self.folder) / f"start{os.getpid()}").touch()
-        if self.first <= number < self.last:
-            time.sleep(self.seconds)
+    def factory() -> Worker:  # a closure travels by value: the actors cannot import this module
+        number = len(list(folder.glob("start*")))
+        (folder / f"start{os.getpid()}").touch()
+        if first <= number < last:
+            time.sleep(seconds)
             raise RuntimeError("the memory is not free yet")
         return ToyWorker()
+
+    return factory
 
 
 class TestSerialPool(PoolConformance):
@@ -106,7 +101,7 @@ class TestRayPool(ProcessPoolConformance):
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(ray_pool, "_RETRY_SECONDS", (0.2, 1.0))
-        factory = LimitedFactory(str(tmp_path), 2, 4)  # the third and fourth start fail
+        factory = limited(tmp_path, 2, 4)  # the third and fourth start fail
         pool = RayPool(factory, workers=2, start_timeout=120.0)
         while len(list(tmp_path.glob("start*"))) < 2:
             pool._step(0.1)
@@ -126,10 +121,10 @@ class TestRayPool(ProcessPoolConformance):
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(ray_pool, "_RETRY_SECONDS", (0.1, 0.1))
-        pool = RayPool(LimitedFactory(str(tmp_path), 1, 99), workers=1, start_timeout=120.0)
+        pool = RayPool(limited(tmp_path, 1, 99), workers=1, start_timeout=120.0)
         pool.submit(_job(0))
         pool.submit(_job(1, kill="always"))
-        outcomes = []
+        outcomes: list[Outcome] = []
         with pytest.raises(SetupError, match="the memory is not free yet"):
             while True:
                 outcomes += pool.wait(60.0)
@@ -141,7 +136,7 @@ class TestRayPool(ProcessPoolConformance):
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(ray_pool, "_RETRY_SECONDS", (0.1, 0.1))
-        factory = LimitedFactory(str(tmp_path), 1, 99, seconds=600.0)
+        factory = limited(tmp_path, 1, 99, seconds=600.0)
         pool = RayPool(factory, workers=1, start_timeout=120.0, max_attempts=2)
         pool._start_timeout = 3.0
         pool.submit(_job(0, kill="always"))

@@ -156,7 +156,7 @@ def test_other_settings_are_refused_with_the_difference(
 ) -> None:
     done = run(project, "run", "study.yaml", "--set", "search.trials=25", expect=2)
     assert "begun with other settings" in done.stderr
-    assert "budget: 24 -> 25" in done.stderr
+    assert "search.trials: 24 -> 25" in done.stderr
 
 
 @pytest.mark.timeout(900)

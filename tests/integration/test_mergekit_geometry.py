@@ -54,8 +54,9 @@ class Difference:
     """How far two checkpoints are apart.
 
     Attributes:
-        steps: largest difference of an element, in steps: one rounding of the output, and four
-            of float32 per term of the sum (subtraction, product, addition, coefficient).
+        steps: largest difference of an element, in steps: one rounding of the output, and eight
+            of float32 per term of the sum, because mergekit rounds after the subtraction, the
+            division to a unit vector, weight, sum, direction, tangent, length, and base.
         unequal: share of elements that are not equal.
         relative: largest |ours - theirs| / |theirs| of a tensor (Euclidean norms).
     """
@@ -138,7 +139,7 @@ def difference(
         a, b = mine.double(), theirs[key].double()
         terms = sum(source[key].double().abs() for source in sources)
         step = torch.finfo(mine.dtype).eps * torch.maximum(a.abs(), b.abs())
-        step += 4 * torch.finfo(torch.float32).eps * terms
+        step += 8 * torch.finfo(torch.float32).eps * terms
         steps = max(steps, float(((a - b).abs() / step).max()))
         relative = max(relative, float((a - b).norm() / b.norm()))
         unequal += int((a != b).sum())

@@ -80,9 +80,7 @@ RAM = Method(
     source="mergekit's ram, with weights and a scale added",
     parameters=(
         Parameter("weight", Scope.EXPERT, 1.0, -16.0, 16.0, (0.0, 1.5), "scale of the task vector"),
-        Parameter(
-            "epsilon", Scope.BLOCK, 1e-5, 0.0, 16.0, (0.0, 1e-3), "smaller changes are none"
-        ),
+        Parameter("epsilon", Scope.BLOCK, 1e-5, 0.0, 16.0, (0.0, 1e-3), "smaller changes are none"),
         _LAMBDA,
     ),
     options=(),
