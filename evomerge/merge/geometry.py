@@ -75,8 +75,8 @@ def multislerp(gram: F64, weights: F64, eps: F64) -> F64:
     if gram.shape[1] == 1:
         return np.ones_like(weights)
     norms = lengths(gram)
-    padded = norms + eps[:, None]
-    units = weights / np.where(padded > 0.0, padded, 1.0)
+    # An input of zeros adds nothing, but 1 / eps times its difference to the base would not cancel.
+    units = np.where(norms > 0.0, weights / np.where(norms > 0.0, norms + eps[:, None], 1.0), 0.0)
     mean = _length(gram, units)
     cancelled = mean < RESOLUTION
     scale = (norms * weights).sum(axis=1) * np.cos(eps) / np.where(cancelled, 1.0, mean)

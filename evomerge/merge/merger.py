@@ -38,6 +38,7 @@ class Merger:
         self._models = models
         self._threads = threads
         self._partitions: dict[str, Partition] = {}
+        self._work: dict[str, npt.NDArray[np.int64]] = {}
 
     def partition(self, spec: str) -> Partition:
         """Return a partition of the layout, built once."""
@@ -93,27 +94,28 @@ class Merger:
             spans: which spans to write [S]; all where None.
         """
         cut = self.partition(spec)
-        chosen = [
-            number
-            for number, span in enumerate(cut.spans)
-            if outputs[span.slot] is not None and (spans is None or spans[number])
-        ]
-        work = self._work(cut, chosen)
+        wanted = np.asarray([outputs[span.slot] is not None for span in cut.spans])
+        if spans is not None:
+            wanted &= spans
+        pieces = self._pieces(spec)
+        work = pieces[wanted[pieces[:, 0]]]
         if len(work):
             self._run(plan, Tables(self.sources, outputs, dtype), work)
 
-    def _work(self, cut: Partition, chosen: Sequence[int]) -> npt.NDArray[np.int64]:
-        """Return pieces (span, slot, first element, elements) [N, 4]."""
-        pieces: list[tuple[int, int, int, int]] = []
-        for number in chosen:
-            span = cut.spans[number]
-            slot = self.layout.slots[span.slot]
-            width = slot.size // max(slot.rows, 1)
-            first, stop = span.start * width, span.stop * width
-            pieces.extend(
-                (number, span.slot, at, min(_WORK, stop - at)) for at in range(first, stop, _WORK)
-            )
-        return np.asarray(pieces, np.int64).reshape(-1, 4)
+    def _pieces(self, spec: str) -> npt.NDArray[np.int64]:
+        """Return all pieces of work of a partition, built once: see ``launch`` [N, 4]."""
+        if spec not in self._work:
+            pieces: list[tuple[int, int, int, int]] = []
+            for number, span in enumerate(self.partition(spec).spans):
+                slot = self.layout.slots[span.slot]
+                width = slot.size // max(slot.rows, 1)
+                first, stop = span.start * width, span.stop * width
+                pieces.extend(
+                    (number, span.slot, at, min(_WORK, stop - at))
+                    for at in range(first, stop, _WORK)
+                )
+            self._work[spec] = np.asarray(pieces, np.int64).reshape(-1, 4)
+        return self._work[spec]
 
     def _run(self, plan: Plan, tables: Tables, work: npt.NDArray[np.int64]) -> None:
         if self._threads == 1 or len(work) == 1:

@@ -104,8 +104,8 @@ def multislerp(
         weights = weights / weights.sum()
     eps = row.get("eps", 1e-8)
     norms = np.asarray([norm(vector) for vector in vectors])
-    padded = norms + eps
-    units = np.diag(1.0 / np.where(padded > 0, padded, 1.0))  # coordinates of unit vectors [K, K]
+    # Coordinates of the unit vectors [K, K]; a vector of zeros has none.
+    units = np.diag([1.0 / (size + eps) if size > 0 else 0.0 for size in norms])
     mean = weights @ units
     size = norm(mean @ vectors)
     if size < _ZERO:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from synthetic_models import LlamaShape, model_names, save_headers
 
-from evomerge.bench import CopyProbe, merge_bytes
+from evomerge.bench import CopyProbe
 from evomerge.layout import Span, partition
 from evomerge.merge import merger as merger_module
 from evomerge.merge.merger import Merger
@@ -130,10 +130,11 @@ class _Case:
         self._merger.plan(self._recipes[0])
         self._statistics = time.perf_counter() - started
         self._seconds: list[float] = []
+        self._paces: list[float] = []
         self._plans: list[float] = []
         self.run()  # compiles, touches every page
-        self._seconds.clear()
-        self._plans.clear()
+        for times in (self._seconds, self._paces, self._plans):
+            times.clear()
 
     def run(self) -> None:
         """Apply one merge, as the engine does it in a CPU model."""
@@ -143,16 +144,26 @@ class _Case:
         plan = self._merger.plan(recipe)
         planned = time.perf_counter()
         self._merger.merge(plan, recipe.partition, self._outputs, recipe.dtype)
-        self._seconds.append(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._seconds.append(seconds)
+        self._paces.append(seconds / self._bytes(plan.weights))
         self._plans.append(planned - started)
+
+    def _bytes(self, weights: npt.NDArray[np.float32]) -> int:
+        """Return the bytes that must move; an expert with coefficient 0 is not read."""
+        item = self._outputs[0].itemsize
+        total = 0
+        for span, row in zip(self._merger.partition(PARTITION).spans, weights, strict=True):
+            slot = self._models.layout.slots[span.slot]
+            elements = slot.size // max(slot.rows, 1) * (span.stop - span.start)
+            total += elements * item * (2 + int(np.count_nonzero(row)))
+        return total
 
     def result(self, copy: float) -> Applied:
         """Return the best of the runs against the best copy."""
-        moved = merge_bytes(self._models, self._models.dtype)
-        best = min(self._seconds)
         return Applied(
-            self._method, self._models.dtype, self._experts, moved / copy / best, best,
-            min(self._plans), self._statistics,
+            self._method, self._models.dtype, self._experts, 1 / copy / min(self._paces),
+            min(self._seconds), min(self._plans), self._statistics,
         )  # fmt: skip
 
 

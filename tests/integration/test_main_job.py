@@ -160,13 +160,15 @@ def test_other_settings_are_refused_with_the_difference(
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("kills", [(14,), pytest.param((9, 20), marks=pytest.mark.slow)])
 def test_kill_9_and_the_same_command_give_the_same_study(
-    project: Path, finished: dict[str, Any]
+    project: Path, finished: dict[str, Any], kills: tuple[int, ...]
 ) -> None:
-    override = ["--set", "directory=studies/killed"]
-    journal = project / "studies/killed/journal.jsonl"
+    study = f"killed-{len(kills)}"
+    override = ["--set", f"directory=studies/{study}"]
+    journal = project / "studies" / study / "journal.jsonl"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    for wanted in (9, 20):  # tells in the journal when the driver is killed
+    for wanted in kills:  # tells in the journal when the driver is killed
         driver = subprocess.Popen(
             [sys.executable, "-m", "evomerge", "run", "study.yaml", *override],
             cwd=project, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -179,13 +181,13 @@ def test_kill_9_and_the_same_command_give_the_same_study(
         driver.send_signal(signal.SIGKILL)
         driver.wait()
     done_before = {
-        (record["trial"], record["values"][0]) for record in records(project, "killed", {"tell"})
+        (record["trial"], record["values"][0]) for record in records(project, study, {"tell"})
     }
     run(project, "run", "study.yaml", *override)
     kinds = {"ask", "tell", "score"}
-    ours, theirs = records(project, "killed", kinds), records(project, "tiny", kinds)
+    ours, theirs = records(project, study, kinds), records(project, "tiny", kinds)
     assert ours == theirs
-    tells = [record["trial"] for record in records(project, "killed", {"tell"})]
+    tells = [record["trial"] for record in records(project, study, {"tell"})]
     assert len(tells) == len(set(tells)), "a finished evaluation was repeated"
     assert done_before <= {(r["trial"], r["values"][0]) for r in ours if r["ev"] == "tell"}
 

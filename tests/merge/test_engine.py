@@ -78,7 +78,7 @@ EXACT = sorted(set(METHODS) & _TWINS)
 
 @pytest.mark.parametrize("method", EXACT)
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_engine_equals_numpy_twin_bit_for_bit(

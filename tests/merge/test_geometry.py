@@ -325,6 +325,18 @@ def test_layer_swapping_copies_the_experts_layers(
     assert equal == total if dtype != "float32" else equal > 0.7 * total
 
 
+def test_multislerp_of_a_tensor_of_zeros_does_not_divide_by_eps(awkward: Models) -> None:
+    """Its unit vector is nothing: 1 / eps would stand before the base, too large to cancel."""
+    models = first_experts(awkward, 2)
+    recipe = make_recipe(
+        models, "multislerp", "tensor",
+        lambda c, row: {"eps": 1e-8, "weight.a": 0.25, "weight.b": 0.75}[c], with_base=False,
+    )  # fmt: skip
+    _, zeros, expert = read(models, "zero_expert")
+    assert not zeros.any()
+    np.testing.assert_allclose(by_name(models, recipe, "zero_expert"), 0.75 * expert, atol=1e-6)
+
+
 # -- definitions ---------------------------------------------------------------------------------
 
 

@@ -148,7 +148,7 @@ MULTISLERP = Method(
     source="Goddard 2025, goddard.blog/posts/multislerp-wow-what-a-cool-idea; mergekit",
     parameters=(
         _weight(None, -16.0),
-        Parameter("eps", Scope.BLOCK, 1e-8, 0.0, 1e-3, (1e-9, 1e-6), "added to the norms"),
+        Parameter("eps", Scope.BLOCK, 1e-8, 0.0, 1e-3, (1e-9, 1e-7), "added to the norms"),
     ),
     options=(
         _with_base(True),
