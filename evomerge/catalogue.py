@@ -96,7 +96,7 @@ def methods() -> list[Row]:
                 "method": method.name,
                 "what it does": method.summary,
                 "searchable": ", ".join(parameters),
-                "experts": f"{low}+" if high is None else f"{low} to {high}",
+                "experts": _count(low, high),
                 "source": method.source,
                 "options": "".join(
                     f"\n      {option.name}: {option.help}; {_choices(option)}"
@@ -105,6 +105,13 @@ def methods() -> list[Row]:
             }
         )
     return rows
+
+
+def _count(low: int, high: int | None) -> str:
+    """Return how many experts a method takes."""
+    if high is None:
+        return f"{low}+"
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def searchers() -> list[Row]:
