@@ -137,32 +137,41 @@ def _add_delta(total, other, origin, weight, count):
 
 
 @jit
-def _select(bits, low, high, at_low, at_high, inside, key, index, count):
-    """Zero what does not stay; see ``plan.Select``."""
+def _draws(hashed, key, index, count):
+    """Fill ``hashed`` with the hash of each element of the tile."""
     factor = np.uint32(key | np.uint32(1))
+    if index >> np.int64(32) == (index + count - 1) >> np.int64(32):
+        offset = offset_of(key, index)
+        start = np.uint32(index & np.int64(0xFFFFFFFF))
+        for i in range(count):
+            hashed[i] = draw(np.uint32(start + np.uint32(i)), factor, offset)
+    else:  # the tile crosses a multiple of 2^32
+        for i in range(count):
+            position = index + i
+            low = np.uint32(position & np.int64(0xFFFFFFFF))
+            hashed[i] = draw(low, factor, offset_of(key, position))
+
+
+@jit
+def _select(bits, hashed, low, high, at_low, at_high, inside, count):
+    """Zero what does not stay; see ``plan.Select``."""
     for i in range(count):
-        position = index + i
         mine = (bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(16)
         limit = at_high if mine == high else inside
         limit = at_low if mine == low else limit
-        x = np.uint32(position & np.int64(0xFFFFFFFF))
-        hashed = draw(x, factor, offset_of(key, position))
-        stays = (mine >= low) & (mine <= high) & (hashed <= limit)
+        stays = (mine >= low) & (mine <= high) & (hashed[i] <= limit)
         bits[i] = bits[i] if stays else np.uint32(0)
 
 
 @jit
-def _curve(bits, first, start, length, passing, gain, key, index, count):
+def _curve(bits, hashed, first, passing, gain, count):
     """Keep and scale by the curve of the element's magnitude; see ``plan.Curves``."""
-    factor = np.uint32(key | np.uint32(1))
+    last = np.int64(len(gain) - 1)
     for i in range(count):
-        position = index + i
         mine = np.int64((bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(16))
-        at = start + min(max(mine - first, 0), length - 1)
-        x = np.uint32(position & np.int64(0xFFFFFFFF))
-        stays = draw(x, factor, offset_of(key, position)) <= passing[at]
+        at = min(max(mine - first, np.int64(0)), last)
         value = float_of(bits[i]) * gain[at]
-        bits[i] = bits_of(value) if stays else np.uint32(0)
+        bits[i] = bits_of(value) if hashed[i] <= passing[at] else np.uint32(0)
 
 
 @jit
@@ -206,45 +215,52 @@ def _nearswap(total, deltas, t, count):
 
 
 @jit
-def _ram(total, deltas, c, epsilon, count):
+def _ram(total, changed, deltas, c, epsilon, count):
     """Average the weighted deltas of the experts that changed the element."""
-    zero = np.float32(0.0)
+    zero, one = np.float32(0.0), np.float32(1.0)
+    for k in range(len(c)):
+        if c[k] != zero:
+            delta, weight = deltas[k], c[k]
+            for i in range(count):
+                active = np.abs(delta[i]) > epsilon
+                total[i] = total[i] + (weight * delta[i] if active else zero)
+                changed[i] = changed[i] + (one if active else zero)
     for i in range(count):
-        summed, changed = zero, zero
-        for k in range(len(c)):
-            if c[k] != zero and np.abs(deltas[k, i]) > epsilon:
-                summed = summed + c[k] * deltas[k, i]
-                changed = changed + np.float32(1.0)
-        total[i] = summed / max(changed, np.float32(1.0))
+        total[i] = total[i] / (changed[i] if changed[i] > one else one)
+        changed[i] = zero  # the divisor has been used
 
 
 @jit
-def _consensus(total, deltas, c, thresholds, votes, count):
+def _consensus(total, claims, deltas, c, thresholds, votes, count):
     """Keep Σ c·δ where enough experts' masks claim the element (TALL masks)."""
-    zero = np.float32(0.0)
+    zero, one = np.float32(0.0), np.float32(1.0)
+    for k in range(len(c)):
+        if c[k] != zero:
+            delta, weight = deltas[k], c[k]
+            for i in range(count):
+                total[i] = total[i] + weight * delta[i]
+    for k in range(len(c)):
+        if c[k] != zero:
+            delta, threshold = deltas[k], thresholds[k]
+            for i in range(count):
+                mine = np.abs(delta[i]) > threshold * np.abs(total[i] - delta[i])
+                claims[i] = claims[i] + (one if mine else zero)
     for i in range(count):
-        merged, claims = zero, zero
-        for k in range(len(c)):
-            if c[k] != zero:
-                merged = merged + c[k] * deltas[k, i]
-        for k in range(len(c)):
-            if c[k] != zero:
-                delta = deltas[k, i]
-                if np.abs(delta) > thresholds[k] * np.abs(merged - delta):
-                    claims = claims + np.float32(1.0)
-        total[i] = merged if claims >= votes else zero
+        total[i] = total[i] if claims[i] >= votes else zero
+        claims[i] = zero  # no divisor
 
 
 @jit
 def run_rule(
     work, out, out_code, base, base_code, experts, codes, c, ballots, shares, low, high, at_low,
-    at_high, inside, first_key, start_key, length, passing, gain, curved, keys, canonical, scale,
-    local, rule, count_signs, plus, half,
+    at_high, inside, first_key, start_key, length, passing, gain, selecting, curved, keys,
+    canonical, scale, local, rule, count_signs, plus, half,
 ):  # fmt: skip
     """Apply any plan but a linear one to pieces of work.
 
     Args as in ``run_linear`` and ``fused.run_select``, and:
         first_key, start_key, length, passing, gain: see ``plan.Curves``; used where ``curved``.
+        selecting: some elements may not stay.
         local: see ``plan.Plan`` [S].
         rule: a ``plan.Rule`` but LINEAR.
         count_signs: ballots count only by their sign.
@@ -255,6 +271,7 @@ def run_rule(
     vote = np.empty(TILE, np.float32)
     sums = np.empty(TILE, np.float32)
     deltas = np.zeros((experts_count, TILE), np.float32)
+    hashed = np.empty(TILE, np.uint32)
     origin_bits, total_bits = origin.view(np.uint32), total.view(np.uint32)
     summing = rule == 1
     for n in range(len(work)):
@@ -274,15 +291,17 @@ def run_rule(
                 _load(experts[slot, k], codes[slot, k], first, count, half, delta, bits)
                 for i in range(count):
                     delta[i] = delta[i] - origin[i]
+                if selecting:
+                    _draws(hashed, keys[k], index, count)
                 if curved:
-                    _curve(
-                        bits, first_key[span, k], start_key[span, k], length[span, k], passing,
-                        gain, keys[k], index, count,
-                    )  # fmt: skip
-                else:
+                    begin = start_key[span, k]
+                    end = begin + length[span, k]
+                    first_of = np.int64(first_key[span, k])
+                    _curve(bits, hashed, first_of, passing[begin:end], gain[begin:end], count)
+                elif selecting:
                     _select(
-                        bits, low[span, k], high[span, k], at_low[span, k], at_high[span, k],
-                        inside[span, k], keys[k], index, count,
+                        bits, hashed, low[span, k], high[span, k], at_low[span, k],
+                        at_high[span, k], inside[span, k], count,
                     )  # fmt: skip
                 if rule <= 2:
                     _vote(vote, delta, ballots[span, k], count_signs, count)
@@ -292,9 +311,9 @@ def run_rule(
                 if rule == 3:
                     _nearswap(total, deltas, local[span], count)
                 elif rule == 4:
-                    _ram(total, deltas, c[span], local[span], count)
+                    _ram(total, sums, deltas, c[span], local[span], count)
                 elif rule == 5:
-                    _consensus(total, deltas, c[span], shares[span], local[span], count)
+                    _consensus(total, sums, deltas, c[span], shares[span], local[span], count)
                 else:
                     for k in range(experts_count):
                         if c[span, k] != np.float32(0.0):
