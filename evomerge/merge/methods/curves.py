@@ -8,19 +8,17 @@ import numpy as np
 import numpy.typing as npt
 
 from evomerge.layout import Partition
-from evomerge.merge.methods.linear import normalized
 from evomerge.merge.methods.method import Method, Option, Parameter, Scope, Table, option
 from evomerge.merge.methods.sparsify import (
     DENSITY,
-    DIVISORS,
-    ELECT_RULES,
     ELECTION,
     LAMBDA,
-    ZERO_SUMS,
+    elected_plan,
     normalize_option,
+    summed_plan,
     weight_parameter,
 )
-from evomerge.merge.plan import ALWAYS, WHOLE, Curves, Divisor, Plan, Rule, Select
+from evomerge.merge.plan import ALWAYS, WHOLE, Curves, Plan, Rule, Select
 from evomerge.merge.stats import F64, Stats
 from evomerge.recipe import Recipe
 
@@ -123,37 +121,16 @@ def _della_select(
 
 def _della_linear(recipe: Recipe, partition: Partition, stats: Stats) -> Plan:
     table = Table(recipe, partition, DELLA_LINEAR)
-    weights = table.expert("weight")
-    if option(recipe, DELLA_LINEAR, "normalize"):
-        weights = normalized(weights, partition)
-    c = (weights * table.block("lambda")[:, None]).astype(np.float32)
     select = _della_select(recipe, partition, stats, table, DELLA_LINEAR)
-    return Plan(np.ones(len(c), np.float32), c, Rule.SUM, select=select, seed=recipe.seed)
+    gain = np.ones(select.low.shape)  # the curves carry it
+    return summed_plan(recipe, partition, table, DELLA_LINEAR, select, gain)
 
 
 def _della(recipe: Recipe, partition: Partition, stats: Stats) -> Plan:
     table = Table(recipe, partition, DELLA)
-    weights = table.expert("weight")
-    divisor = Divisor.ONE
-    if option(recipe, DELLA, "normalize"):
-        divisor = DIVISORS[str(option(recipe, DELLA, "divisor"))]
-    shares = {
-        Divisor.ONE: np.zeros_like(weights),
-        Divisor.WEIGHT: weights,
-        Divisor.COUNT: np.ones_like(weights),
-    }[divisor]
-    return Plan(
-        base=np.ones(len(weights), np.float32),
-        weights=weights.astype(np.float32),
-        rule=Rule.ELECT,
-        elect=ELECT_RULES[str(option(recipe, DELLA, "elect"))],
-        divisor=divisor,
-        zero_sum=ZERO_SUMS[str(option(recipe, DELLA, "zero_sum"))],
-        scale=table.block("lambda").astype(np.float32),
-        shares=shares.astype(np.float32),
-        select=_della_select(recipe, partition, stats, table, DELLA),
-        seed=recipe.seed,
-    )
+    select = _della_select(recipe, partition, stats, table, DELLA)
+    gain = np.ones(select.low.shape)
+    return elected_plan(recipe, partition, table, DELLA, select, gain)
 
 
 def _rank_bands(recipe: Recipe, partition: Partition, stats: Stats) -> Plan:

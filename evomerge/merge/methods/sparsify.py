@@ -96,53 +96,55 @@ def _dropped(
 # -- what is done with them ---------------------------------------------------------------------
 
 
-def _summed(name: str, choose: Choose) -> Callable[[Recipe, Partition, Stats], Plan]:
-    """Return the plan of W_base + λ·Σ w_k·select(δ_k)."""
+def summed_plan(
+    recipe: Recipe, partition: Partition, table: Table, method: Method, select: Select, gain: F64
+) -> Plan:
+    """Return the plan of W_base + λ·Σ w_k·gain_k·select(δ_k)."""
+    weights = table.expert("weight")
+    if option(recipe, method, "normalize"):
+        weights = normalized(weights, partition)
+    c = (weights * gain * table.block("lambda")[:, None]).astype(np.float32)
+    return Plan(np.ones(len(c), np.float32), c, Rule.SUM, select=select, seed=recipe.seed)
+
+
+def elected_plan(
+    recipe: Recipe, partition: Partition, table: Table, method: Method, select: Select, gain: F64
+) -> Plan:
+    """Return the plan of W_base + λ·(Σ w_k·gain_k·x_k over agreeing experts / divisor)."""
+    weights = table.expert("weight")
+    divisor = Divisor.ONE
+    if option(recipe, method, "normalize"):
+        divisor = DIVISORS[str(option(recipe, method, "divisor"))]
+    shares = {
+        Divisor.ONE: np.zeros_like(weights),
+        Divisor.WEIGHT: weights,
+        Divisor.COUNT: np.ones_like(weights),
+    }[divisor]
+    return Plan(
+        base=np.ones(len(weights), np.float32),
+        weights=(weights * gain).astype(np.float32),
+        rule=Rule.ELECT,
+        elect=ELECT_RULES[str(option(recipe, method, "elect"))],
+        divisor=divisor,
+        zero_sum=ZERO_SUMS[str(option(recipe, method, "zero_sum"))],
+        scale=table.block("lambda").astype(np.float32),
+        shares=shares.astype(np.float32),
+        select=select,
+        seed=recipe.seed,
+    )
+
+
+def _planned(
+    name: str, choose: Choose, elected: bool
+) -> Callable[[Recipe, Partition, Stats], Plan]:
+    """Return the plan function of a method: choose elements, then add or elect."""
 
     def plan(recipe: Recipe, partition: Partition, stats: Stats) -> Plan:
         method = SPARSIFY[name]
         table = Table(recipe, partition, method)
         select, gain = choose(recipe, partition, stats, table, method)
-        weights = table.expert("weight")
-        if option(recipe, method, "normalize"):
-            weights = normalized(weights, partition)
-        c = (weights * gain * table.block("lambda")[:, None]).astype(np.float32)
-        return Plan(
-            base=np.ones(len(c), np.float32), weights=c, rule=Rule.SUM, select=select,
-            seed=recipe.seed,
-        )  # fmt: skip
-
-    return plan
-
-
-def _elected(name: str, choose: Choose) -> Callable[[Recipe, Partition, Stats], Plan]:
-    """Return the plan of W_base + λ·(Σ w_k·x_k over agreeing experts / divisor)."""
-
-    def plan(recipe: Recipe, partition: Partition, stats: Stats) -> Plan:
-        method = SPARSIFY[name]
-        table = Table(recipe, partition, method)
-        select, gain = choose(recipe, partition, stats, table, method)
-        weights = table.expert("weight")
-        divisor = Divisor.ONE
-        if option(recipe, method, "normalize"):
-            divisor = DIVISORS[str(option(recipe, method, "divisor"))]
-        shares = {
-            Divisor.ONE: np.zeros_like(weights),
-            Divisor.WEIGHT: weights,
-            Divisor.COUNT: np.ones_like(weights),
-        }[divisor]
-        return Plan(
-            base=np.ones(len(weights), np.float32),
-            weights=(weights * gain).astype(np.float32),
-            rule=Rule.ELECT,
-            elect=ELECT_RULES[str(option(recipe, method, "elect"))],
-            divisor=divisor,
-            zero_sum=ZERO_SUMS[str(option(recipe, method, "zero_sum"))],
-            scale=table.block("lambda").astype(np.float32),
-            shares=shares.astype(np.float32),
-            select=select,
-            seed=recipe.seed,
-        )
+        combine = elected_plan if elected else summed_plan
+        return combine(recipe, partition, table, method, select, gain)
 
     return plan
 
@@ -212,7 +214,7 @@ def _method(
         parameters=(weight_parameter(), DENSITY, *extra, LAMBDA),
         options=(normalize_option(normalize), *(ELECTION if elected else ()), *options),
         experts=(1, None),
-        plan=(_elected if elected else _summed)(name, choose),
+        plan=_planned(name, choose, elected),
         anchor=_no_anchor if elected else _dense_anchor,
     )
 
