@@ -1,15 +1,32 @@
-"""What the arguments of commands mean; imports nothing heavy before it is needed."""
+"""What commands share: options, what arguments mean, how facts are printed.
+
+Imports nothing heavy before it is needed.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
     from evomerge.prepare import Prepared
     from evomerge.study_view import StudyView
+
+STUDY = click.argument("study", metavar="STUDY")
+OVERRIDES = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    help="Override one setting, e.g. search.trials=50.",
+)  # fmt: skip
+DTYPE = click.Choice(["float32", "bfloat16", "float16"])
+SHARD_SIZE = click.option(
+    "--max-shard-size", default="5GB", show_default=True, help="Such as 2GB or 500MB."
+)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
 def directory_of(text: str) -> Path:
@@ -80,3 +97,18 @@ def prepared_study(file: Path, overrides: tuple[str, ...] = ()) -> Prepared:
 
     with byte_progress("weights for importance", Console(stderr=True)) as progress:
         return prepare(load(file, overrides), file, progress)
+
+
+def print_json(data: Any) -> None:
+    """Print one JSON document."""
+    click.echo(json.dumps(data, indent=1, allow_nan=False))
+
+
+def show(facts: dict[str, Any], as_json: bool) -> None:
+    """Print facts for a program or for a person, one line per value."""
+    if as_json:
+        print_json(facts)
+        return
+    for key, value in facts.items():
+        for line in value if isinstance(value, list) else [value]:
+            click.echo(f"{key:<12} {line}")

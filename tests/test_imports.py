@@ -60,7 +60,8 @@ LEVELS = (
     ),
     ("take_home", "savings", "facts", "launch", "bench", "calibration"),
     ("terminal", "byte_progress"),
-    ("demo_pool", "demo", "cli_arguments", "cli_calibrate", "cli", "__main__"),
+    ("demo_pool", "demo", "cli_arguments", "cli_calibrate"),
+    ("cli_launch", "cli_look", "cli_take_home", "cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -128,7 +128,7 @@ class Shared:
         return self.workers[self.factory]
 
 
-def study_text(name: str, variant: str, items: int, seed: int, trials: int) -> str:
+def study_text(name: str, variant: str, items: int, seed: int, trials: int, partition: str) -> str:
     """Return the study file of a run."""
     fitness: dict[str, Any] = {
         "tasks": [OBJECTIVE],
@@ -152,7 +152,7 @@ def study_text(name: str, variant: str, items: int, seed: int, trials: int) -> s
             },
             "space": {
                 "method": "task_arithmetic",
-                "partition": "layer",
+                "partition": partition,
                 "parameters": {"weight": {"low": 0.0, "high": 1.5}},
             },
             "fitness": fitness,
@@ -175,7 +175,7 @@ def split(ids: Sequence[str], seed: int) -> ItemSplit:
 
 
 def run(
-    out: Path, variant: str, items: int, seed: int, trials: int,
+    out: Path, variant: str, items: int, seed: int, trials: int, partition: str,
     workers: dict[ModelWorkerFactory, Remembering],
 ) -> Run:  # fmt: skip
     """Run one study, or read what it found if it is finished."""
@@ -184,7 +184,7 @@ def run(
     if result.exists():
         return Run(**json.loads(result.read_text()))
     path = out / f"{name}.yaml"
-    path.write_text(study_text(name, variant, items, seed, trials))
+    path.write_text(study_text(name, variant, items, seed, trials, partition))
     prepared = prepare(load(path), path)
     (ids,) = prepared.tasks.item_ids
     prepared = replace(
@@ -327,6 +327,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["full", *VARIANTS])
     parser.add_argument("--sizes", type=int, nargs="+", default=[20], help="items of a trial")
     parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--partition", default="layer", help="what has a coefficient per expert")
     parser.add_argument("--report", action="store_true", help="of finished studies; run nothing")
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--json", type=Path)
@@ -345,7 +346,7 @@ def main() -> None:
     for seed in () if given.report else given.seeds:
         for variant in given.variants:
             for items in [SEARCH_ITEMS] if variant == "full" else given.sizes:
-                one = run(given.out, variant, items, seed, given.trials, workers)
+                one = run(given.out, variant, items, seed, given.trials, given.partition, workers)
                 print(
                     f"seed {seed}: {variant} {items}: {100 * one.test:.1f}, {one.search} search "
                     "item evaluations",

@@ -1,0 +1,154 @@
+"""Commands of the first moment: write a study file, check it, run it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from evomerge.cli_arguments import (
+    AS_JSON,
+    OVERRIDES,
+    expert_pairs,
+    prepared_study,
+    print_json,
+    show,
+)
+from evomerge.errors import InputError
+
+
+@click.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("evomerge-demo"),
+    show_default=True,
+    help="Folder for models, study and export.",
+)
+@click.option("--trials", type=click.IntRange(1), default=None, help="Fewer trials, sooner done.")
+@click.option("--workers", type=click.IntRange(1), default=None, help="Ray workers (2).")
+@click.option("--quick", is_flag=True, help="A smoke test in a minute, with untrained models.")
+def demo(out: Path, trials: int | None, workers: int | None, quick: bool) -> None:
+    """Train tiny models, search their merges, export the best one.
+
+    Trains a small base and three experts (once; about two minutes on one core), searches
+    layer-wise merges of them with Ray workers, logs to MLflow, shows the front, and exports the
+    recommended merge. A second run reuses the models, and continues or reuses the search.
+    """
+    from evomerge.demo import run_demo
+
+    run_demo(out, trials, workers, quick)
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path), default=Path("study.yaml"))
+@click.option("--base", default=None, help="Base model: directory or hub id.")
+@click.option(
+    "--expert",
+    "experts",
+    multiple=True,
+    metavar="NAME=MODEL",
+    help="Expert: short name and directory or hub id; repeat for each.",
+)
+@click.option("--task", "tasks", multiple=True, help="lm-eval task; repeat for each objective.")
+def init(file: Path, base: str | None, experts: tuple[str, ...], tasks: tuple[str, ...]) -> None:
+    """Write a commented study file for your models.
+
+    \b
+    evomerge init study.yaml --base meta-llama/Llama-3.1-8B \\
+        --expert math=org/llama-math --expert code=./models/code --task gsm8k \\
+        --task arc_challenge
+    """
+    from evomerge.template import study_template
+
+    text = study_template(base, expert_pairs(experts), tasks)
+    try:
+        with file.open("x", encoding="utf-8") as handle:
+            handle.write(text)
+    except FileExistsError as error:
+        raise InputError(f"{file}: exists already (give another name, or remove it)") from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written: {error.strerror}") from error
+    click.echo(f"wrote {file}; edit it, then: evomerge check {file}")
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@OVERRIDES
+@AS_JSON
+def check(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check a study file against models and tasks; touch no GPU, weights for importance(n) only.
+
+    Every problem comes with its dotted path, and as many as can be seen at once: first all
+    problems of form (unknown keys, wrong types), then, in a file of good form, all problems of
+    content (models, tasks, ranges). Exit code 2 where there is one.
+    """
+    from evomerge.facts import plan_facts, plan_lines
+
+    if sys.stderr.isatty():
+        click.echo("reading models and loading tasks ...", err=True)
+    prepared = prepared_study(file, overrides)
+    show(plan_facts(prepared) if as_json else plan_lines(prepared), as_json)
+    click.echo(f"ok; next: evomerge run {file}", err=as_json)
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@OVERRIDES
+@click.option("--dry-run", is_flag=True, help="Check and print the plan; run nothing.")
+@AS_JSON
+def run(file: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """Run a study, or continue it where it stopped.
+
+    Scores the base, every expert and simple merges, searches, re-scores the finalists on
+    validation items and the front on held-out items. Stop it with Ctrl-C (once: after the
+    running trials; twice: at once) or any other way: the same command continues, and no
+    finished evaluation is repeated.
+    """
+    from evomerge.facts import front_facts, plan_facts, plan_lines
+    from evomerge.terminal import make_console, print_finished, run_with_progress
+
+    prepared = prepared_study(file, overrides)
+    if dry_run:
+        show(plan_facts(prepared) if as_json else plan_lines(prepared), as_json)
+        return
+    console = make_console(stderr=as_json)
+    finished = run_with_progress(prepared, console)
+    if as_json:
+        print_json(front_facts(finished.view))
+    else:
+        print_finished(console, finished)
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path), metavar="STUDY.yaml")
+@click.option(
+    "--seconds", type=click.FloatRange(min=1), default=20.0, show_default=True,
+    help="To spend on measuring, beside loading.",
+)  # fmt: skip
+@AS_JSON
+def bench(file: Path, seconds: float, as_json: bool) -> None:
+    """Measure what a study will need with your models on this machine.
+
+    Loads one worker, applies random merges of the study's space and scores a few search items.
+    Reports how near the merge is to the speed of a plain copy, items per second, and the time
+    and memory of the whole study. Other programs on the machine disturb the numbers.
+    """
+    from evomerge.bench import measure
+
+    found = measure(prepared_study(file), seconds)
+    show(found.to_dict() if as_json else found.lines(), as_json)
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON schema of study files, for editors.
+
+    \b
+    evomerge schema > study.schema.json
+    and begin a study file with: # yaml-language-server: $schema=study.schema.json
+    """
+    from evomerge.config import json_schema
+
+    print_json(json_schema())
