@@ -5,7 +5,8 @@
 Hu et al. 2022, equation 3; Kalajdzievski 2023 for √r. The fold is float32 in one fixed order, so
 that it gives the same bits on every machine, which a BLAS product does not: the sum over the
 ranks runs upwards from zero, every product and every sum is rounded, then s multiplies the sum,
-then W0 is added. Slots that the adapter does not touch are the base's own, bit for bit.
+then W0 is added. Slots that the adapter does not touch are the base's own, bit for bit; modules
+that it saves whole (``modules_to_save``) are its own.
 """
 
 from __future__ import annotations
@@ -111,15 +112,20 @@ def open_adapter(
     """
     config, weights = _read_config(directory, where)
     entries, _ = read_header(weights, where)
-    changes = _changes(config, _factors(entries, where), base, where)
+    saved = _saved(config, dict(entries), base, where)
+    rest = [(tensor, entry) for tensor, entry in entries if tensor not in saved]
+    factors = _factors(rest, where) if rest or not saved else {}
+    changes = _changes(config, factors, base, where)
+    whole = {slot: entry for slot, entry in saved.values() if slot}
     return Checkpoint(
         name=name,
         source=source,
         directory=directory,
         config=base.config,
         tensors=dict(base.tensors)
-        | {slot: _folded_entry(directory, change.base) for slot, change in changes.items()},
-        fingerprint=_fingerprint(weights, changes),
+        | {slot: _folded_entry(directory, change.base) for slot, change in changes.items()}
+        | whole,
+        fingerprint=_fingerprint(weights, changes, sorted(whole)),
         folds={slot: change.fold for slot, change in changes.items()},
     )
 
@@ -150,7 +156,7 @@ def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         yield f"trained biases (bias: {config.get('bias')})"
     for key in (
-        "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
+        "trainable_token_indices", "target_parameters", "layer_replication",
         "megatron_config", "use_bdlora", "use_qalora", "alora_invocation_tokens", "arrow_config",
         "kasa_config", "monteclora_config", "velora_config",
     ):  # fmt: skip
@@ -159,6 +165,79 @@ def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
     start = config.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
         yield f"init_lora_weights: {start}, which changes the base's weights too"
+
+
+def _saved(
+    config: Mapping[str, Any],
+    entries: Mapping[str, TensorEntry],
+    base: Checkpoint,
+    where: str,
+) -> dict[str, tuple[str, TensorEntry]]:
+    """Return the tensors that stand whole in an adapter (``modules_to_save``), with their slots.
+
+    The copy of a tied head is the embedding's once more; it has the empty slot.
+
+    Raises:
+        ModelError: a tensor that the base does not have, or of another shape, one per line.
+    """
+    modules = config.get("modules_to_save") or ()
+    if not isinstance(modules, list) or not all(isinstance(one, str) for one in modules):
+        if modules:
+            raise ModelError(f"{where}: {_CONFIG}: modules_to_save is no list of names")
+        return {}
+    prefixes = sorted({name.partition(".")[0] for name in base.tensors})
+    found: dict[str, tuple[str, TensorEntry]] = {}
+    problems = []
+    for name, entry in sorted(entries.items()):
+        plain = name.removeprefix("base_model.model.")
+        module = plain.rpartition(".")[0]
+        if ".lora_" in name or not any(
+            module == one or module.endswith(f".{one}") for one in modules
+        ):
+            continue
+        if plain == "lm_head.weight" and base.tied:
+            found[name] = ("", entry)
+            continue
+        names = (plain, plain.partition(".")[2], *(f"{prefix}.{plain}" for prefix in prefixes))
+        slot = next((one for one in names if one in base.tensors), None)
+        if slot is None:
+            problems.append(f"{where}: the adapter saves {plain}, which the base does not have")
+        elif entry.dtype not in MERGEABLE or entry.shape != base.tensors[slot].shape:
+            shapes = f"{_by(entry.shape)}, the base has {_by(base.tensors[slot].shape)}"
+            problems.append(f"{where}: {plain} is {entry.dtype} {shapes} (use its own base)")
+        else:
+            found[name] = (slot, entry)
+    plain_names = [name.removeprefix("base_model.model.").rpartition(".")[0] for name in found]
+    problems += [
+        f"{where}: modules_to_save names {one}, whose weights are not in {_WEIGHTS}"
+        for one in modules
+        if not any(name == one or name.endswith(f".{one}") for name in plain_names)
+    ]
+    if problems:
+        raise ModelError("\n".join(problems))
+    if base.tied:
+        _require_tied(found, where)
+    return found
+
+
+def _require_tied(found: Mapping[str, tuple[str, TensorEntry]], where: str) -> None:
+    """Refuse a head that is not the embedding any more: the base's tensor is both.
+
+    Raises:
+        ModelError: the adapter unties them.
+    """
+    heads = [entry for slot, entry in found.values() if not slot]
+    tables = [
+        entry
+        for slot, entry in found.values()
+        if re.search(r"(^|\.)(embed_tokens|wte|shared)\.weight\Z", slot)
+    ]
+    if bool(heads) != bool(tables) or any(
+        not np.array_equal(_matrix(one), _matrix(two)) for one in heads for two in tables[:1]
+    ):
+        raise ModelError(
+            f"{where}: the adapter saves embedding and head as two, the base ties them ({_REMEDY})"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +266,8 @@ def read_factors(directory: Path, where: str) -> tuple[Mapping[str, Any], dict[s
         ModelError: every feature and tensor that is not plain LoRA, one per line.
     """
     config, weights = _read_config(directory, where)
+    if config.get("modules_to_save"):
+        raise ModelError(f"{where}: {directory.name} uses modules_to_save ({_REMEDY})")
     entries, _ = read_header(weights, where)
     factors = {}
     for module, pair in sorted(_factors(entries, where).items()):
@@ -331,9 +412,12 @@ def _folded_entry(directory: Path, base: TensorEntry) -> TensorEntry:
     return TensorEntry(directory / f"(folded from {_WEIGHTS})", "F32", base.shape, 0, size)
 
 
-def _fingerprint(weights: Path, changes: Mapping[str, LowRank]) -> str:
+def _fingerprint(weights: Path, changes: Mapping[str, LowRank], saved: Sequence[str] = ()) -> str:
     """Return a digest of all of the weights, and of how they are applied."""
-    rows = [(slot, change.scaling, change.transposed) for slot, change in changes.items()]
+    rows: list[object] = [
+        (slot, change.scaling, change.transposed) for slot, change in changes.items()
+    ]
+    rows += saved
     digest = hashlib.blake2b(json.dumps(rows).encode(), digest_size=16)
     with weights.open("rb") as file:
         while block := file.read(1 << 20):

@@ -110,7 +110,7 @@ def capacity_warnings(pool: PoolSection, models: Models, dtype: str) -> list[str
     if pool.kind == "ray" and os.environ.get("RAY_ADDRESS"):
         return []
     workers = pool.workers if pool.kind == "ray" else 1
-    warnings = []
+    warnings = _gpu_warnings(pool, workers)
     wanted, there = workers * pool.cpus_per_worker, os.cpu_count()
     if there is not None and wanted > there:
         warnings.append(
@@ -133,3 +133,29 @@ def capacity_warnings(pool: PoolSection, models: Models, dtype: str) -> list[str
             "(use fewer workers, or a smaller space.dtype)"
         )
     return warnings
+
+
+def _gpu_warnings(pool: PoolSection, workers: int) -> list[str]:
+    """Return whether this machine has fewer GPUs than are asked for; it asks only then."""
+    asked = pool.device != "cpu" and pool.gpus_per_worker > 0 and pool.kind == "ray"
+    if not asked and pool.device != "cuda":
+        return []
+    wanted = workers * pool.gpus_per_worker if asked else 1
+    there = gpu_count()
+    if wanted <= there:
+        return []
+    has = f"this machine has {there or 'none'} that torch can use"
+    if asked:
+        return [
+            f"pool.gpus_per_worker: {workers} worker{'s' * (workers != 1)} with "
+            f"{pool.gpus_per_worker:g} GPU each need {wanted:g}, {has} (Ray would wait for the "
+            "rest; use fewer workers, or 0 to work on the CPU)"
+        ]
+    return [f"pool.device: cuda needs a GPU, {has} (cpu, or auto, works without)"]
+
+
+def gpu_count() -> int:
+    """Return how many GPUs torch can use here; the count opens no context on any of them."""
+    import torch
+
+    return torch.cuda.device_count()

@@ -9,7 +9,16 @@ from typing import NoReturn
 
 import click
 
-from evomerge import __version__, cli_calibrate, cli_launch, cli_look, cli_take_home
+from evomerge import (
+    __version__,
+    cli_calibrate,
+    cli_cluster,
+    cli_durable,
+    cli_launch,
+    cli_look,
+    cli_take_home,
+    cli_ui,
+)
 from evomerge.errors import EvomergeError, Interrupted
 
 _EXIT_CODES = """\b
@@ -48,7 +57,9 @@ def cli(ctx: click.Context, verbose: bool) -> None:
     Launch      evomerge init study.yaml --base DIR --expert math=DIR --expert code=DIR
                 evomerge check study.yaml
                 evomerge run study.yaml        (the same command continues a stopped search)
+                evomerge submit study.yaml     (the same on a Ray cluster)
     Look        evomerge front study.yaml
+                evomerge ui study.yaml         (MLflow on the study)
     Take home   evomerge export study.yaml --knee --out merged/
 
     New here? `evomerge demo` trains tiny models, searches their merges and exports the best.
@@ -94,9 +105,14 @@ for _command in (
     cli_launch.init,
     cli_launch.check,
     cli_launch.run,
+    cli_cluster.submit,
+    cli_cluster.logs,
+    cli_cluster.stop,
     cli_look.front,
     cli_look.status,
+    cli_ui.ui,
     cli_take_home.export,
+    cli_take_home.verify,
     cli_take_home.merge,
     cli_take_home.directions,
     cli_launch.bench,
@@ -104,6 +120,8 @@ for _command in (
     cli_look.list_,
     cli_launch.schema,
     cli_look.sync,
+    cli_durable.extend,
+    cli_durable.replay,
 ):
     cli.add_command(_command)
 

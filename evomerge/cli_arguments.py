@@ -26,43 +26,67 @@ DTYPE = click.Choice(["float32", "bfloat16", "float16"])
 SHARD_SIZE = click.option(
     "--max-shard-size", default="5GB", show_default=True, help="Such as 2GB or 500MB."
 )
+MODEL_FOLDERS = click.option(
+    "--models", "folders", multiple=True, type=click.Path(path_type=Path), metavar="FOLDER",
+    help="Find models below it by the digests of their weights; repeat for each.",
+)  # fmt: skip
+#: As in ``evomerge.picking.PICKS``, which a test compares; importing it would load numpy.
+PICK_HELP = "knee, asf:W1,W2,... (weights), best:OBJECTIVE or hv (most hypervolume)"
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
-def directory_of(text: str) -> Path:
+def directory_of(text: str, overrides: tuple[str, ...] = ()) -> Path:
     """Return the study directory of a study file or directory.
 
+    Args:
+        text: path of the file or directory.
+        overrides: with which the study file was run; its name or directory may be among them.
+
     Raises:
-        InputError: it is neither.
+        InputError: it is neither, or overrides are given for what is no study file.
     """
     path = Path(text)
     if path.is_file():
         from evomerge.presentation import STUDY_FILE
 
         if path.name == STUDY_FILE and (path.parent / "journal.jsonl").exists():
+            _no_overrides(text, overrides)
             return path.parent
         from evomerge.config import load
         from evomerge.prepare import study_directory
 
-        return study_directory(load(path), path.resolve().parent)
+        return study_directory(load(path, overrides), path.resolve().parent)
     if (path / "journal.jsonl").exists():
+        _no_overrides(text, overrides)
         return path
     if (path / "study.yaml").exists():
-        return directory_of(str(path / "study.yaml"))
+        return directory_of(str(path / "study.yaml"), overrides)
     raise InputError(
         f"{text}: neither a study file nor a study directory (see `evomerge list studies`)"
     )
 
 
-def open_view(text: str) -> StudyView:
+def _no_overrides(text: str, overrides: tuple[str, ...]) -> None:
+    if overrides:
+        raise InputError(
+            f"--set: {text} is the directory of one study, whose settings are fixed (give the "
+            "study file to find the study that it was run as)"
+        )
+
+
+def open_view(text: str, overrides: tuple[str, ...] = ()) -> StudyView:
     """Return the view of a study by its file or directory.
+
+    Args:
+        text: path of the file or directory.
+        overrides: see ``directory_of``.
 
     Raises:
         InputError: there is none, or it has not been run.
     """
     from evomerge.study_view import StudyView
 
-    directory = directory_of(text)
+    directory = directory_of(text, overrides)
     if not (directory / "journal.jsonl").exists():
         raise InputError(f"{text}: this study has not been run yet (evomerge run {text})")
     return StudyView.load(directory)

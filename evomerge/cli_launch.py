@@ -52,17 +52,34 @@ def demo(out: Path, trials: int | None, workers: int | None, quick: bool) -> Non
     help="Expert: short name and directory or hub id; repeat for each.",
 )
 @click.option("--task", "tasks", multiple=True, help="lm-eval task; repeat for each objective.")
-def init(file: Path, base: str | None, experts: tuple[str, ...], tasks: tuple[str, ...]) -> None:
+@click.option(
+    "--mergekit-evolve", "evolve", type=click.Path(path_type=Path), default=None,
+    metavar="CONFIG.yml", help="Take everything from a mergekit-evolve config, as it is.",
+)  # fmt: skip
+def init(
+    file: Path, base: str | None, experts: tuple[str, ...], tasks: tuple[str, ...],
+    evolve: Path | None,
+) -> None:  # fmt: skip
     """Write a commented study file for your models.
 
     \b
     evomerge init study.yaml --base meta-llama/Llama-3.1-8B \\
         --expert math=org/llama-math --expert code=./models/code --task gsm8k \\
         --task arc_challenge
+    evomerge init study.yaml --mergekit-evolve evolve.yml
     """
     from evomerge.template import study_template
 
-    text = study_template(base, expert_pairs(experts), tasks)
+    notes: tuple[str, ...] = ()
+    if evolve is None:
+        text = study_template(base, expert_pairs(experts), tasks)
+    elif base or experts or tasks:
+        raise InputError("init: --mergekit-evolve names models and tasks already (drop the others)")
+    else:
+        from evomerge.mergekit_evolve import study_from_evolve
+
+        converted = study_from_evolve(evolve)
+        text, notes = converted.text, converted.notes
     try:
         with file.open("x", encoding="utf-8") as handle:
             handle.write(text)
@@ -70,6 +87,8 @@ def init(file: Path, base: str | None, experts: tuple[str, ...], tasks: tuple[st
         raise InputError(f"{file}: exists already (give another name, or remove it)") from error
     except OSError as error:
         raise InputError(f"{file}: cannot be written: {error.strerror}") from error
+    for note in notes:
+        click.echo(f"note: {note}")
     click.echo(f"wrote {file}; edit it, then: evomerge check {file}")
 
 
@@ -127,8 +146,9 @@ def run(file: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) ->
     "--seconds", type=click.FloatRange(min=1), default=20.0, show_default=True,
     help="To spend on measuring, beside loading.",
 )  # fmt: skip
+@OVERRIDES
 @AS_JSON
-def bench(file: Path, seconds: float, as_json: bool) -> None:
+def bench(file: Path, seconds: float, overrides: tuple[str, ...], as_json: bool) -> None:
     """Measure what a study will need with your models on this machine.
 
     Loads one worker, applies random merges of the study's space and scores a few search items.
@@ -137,7 +157,7 @@ def bench(file: Path, seconds: float, as_json: bool) -> None:
     """
     from evomerge.bench import measure
 
-    found = measure(prepared_study(file), seconds)
+    found = measure(prepared_study(file, overrides), seconds)
     show(found.to_dict() if as_json else found.lines(), as_json)
 
 

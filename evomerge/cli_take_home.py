@@ -9,6 +9,8 @@ import click
 from evomerge.cli_arguments import (
     AS_JSON,
     DTYPE,
+    MODEL_FOLDERS,
+    PICK_HELP,
     SHARD_SIZE,
     STUDY,
     expert_pairs,
@@ -21,8 +23,11 @@ from evomerge.errors import InputError
 
 @click.command()
 @STUDY
-@click.option("--knee", is_flag=True, help="The recommended compromise.")
-@click.option("--best", metavar="OBJECTIVE", default=None, help="The best of one objective.")
+@click.option("--pick", metavar="HOW", default=None, help=f"A member of the front: {PICK_HELP}.")
+@click.option("--knee", is_flag=True, help="The recommended compromise, as --pick knee.")
+@click.option(
+    "--best", metavar="OBJECTIVE", default=None, help="The best of one, as --pick best:OBJECTIVE."
+)
 @click.option("--trial", type=int, default=None, help="Any trial by its number.")
 @click.option(
     "--out",
@@ -30,28 +35,119 @@ from evomerge.errors import InputError
     type=click.Path(path_type=Path),
     help="New directory for the checkpoint.",
 )
+@click.option("--dtype", type=DTYPE, default=None, help="Instead of the one that was scored.")
+@click.option(
+    "--tokenizer", metavar="base|expert:NAME|DIR", default=None,
+    help="Where tokenizer, chat template and generation settings come from; the base, as scored, "
+    "where absent.",
+)  # fmt: skip
+@click.option("--recipe-only", is_flag=True, help="Recipe, scores and card without weights.")
+@click.option(
+    "--lora", type=click.IntRange(1), metavar="RANK", default=None,
+    help="As a LoRA adapter of the base, with what it loses measured.",
+)  # fmt: skip
+@click.option(
+    "--push-to-hub", metavar="OWNER/NAME", default=None,
+    help="Also upload it, as whom `hf auth login` or HF_TOKEN say.",
+)  # fmt: skip
+@click.option("--public", is_flag=True, help="Make a new repository on the Hub public.")
 @SHARD_SIZE
 @AS_JSON
 def export(
-    study: str, knee: bool, best: str | None, trial: int | None, out: Path,
-    max_shard_size: str, as_json: bool,
+    study: str, pick: str | None, knee: bool, best: str | None, trial: int | None, out: Path,
+    dtype: str | None, tokenizer: str | None, recipe_only: bool, lora: int | None,
+    push_to_hub: str | None, public: bool, max_shard_size: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a merge as a checkpoint that transformers, lm-eval and mergekit can read.
 
     \b
     The directory holds model shards with config and tokenizer, README.md (model card),
     evomerge_recipe.json, evomerge_scores.json with the lm_eval command that reproduces the
-    scores, and mergekit_config.yml where mergekit can express the merge.
+    scores, mergekit_config.yml where mergekit can express the merge, and SHA256SUMS.
+    `evomerge verify DIR` checks all of it later.
     """
+    from evomerge.export import ExportOptions
     from evomerge.facts import export_facts, export_lines
+    from evomerge.hub import push, require_hub
+    from evomerge.one_shot import DTYPES
     from evomerge.take_home import export_trial, study_root
 
-    if sum((knee, best is not None, trial is not None)) != 1:
-        raise InputError("export: choose exactly one of --knee, --best OBJECTIVE, --trial N")
+    if sum((pick is not None, knee, best is not None, trial is not None)) != 1:
+        raise InputError(
+            "export: choose exactly one of --pick HOW, --knee, --best OBJECTIVE, --trial N"
+        )
+    if public and push_to_hub is None:
+        raise InputError("export: --public is for --push-to-hub")
     view = open_view(study)
-    exported = export_trial(view, best=best, trial=trial, out=out, shards=max_shard_size)
+    if push_to_hub is not None:
+        require_hub(push_to_hub)
+    options = ExportOptions(
+        dtype=DTYPES[dtype] if dtype else None, tokenizer=tokenizer, recipe_only=recipe_only,
+        lora=lora,
+    )  # fmt: skip
+    exported = export_trial(
+        view, best=best, trial=trial, pick="knee" if knee else pick, out=out,
+        shards=max_shard_size, options=options,
+    )  # fmt: skip
     facts = export_facts(exported, study_root(view.directory))
+    if push_to_hub is not None:
+        facts["hub"] = push(exported.out, push_to_hub, private=not public)
     show(facts if as_json else export_lines(facts), as_json)
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--digests-only", is_flag=True, help="Only compare files with SHA256SUMS.")
+@click.option(
+    "--root", type=click.Path(path_type=Path), default=Path(), metavar="FOLDER",
+    help="Folder that paths of tasks start from (of the study file); the current one where absent.",
+)  # fmt: skip
+@click.option(
+    "--include", multiple=True, metavar="FOLDER",
+    help="Task files, instead of the recorded folders; repeat for each.",
+)  # fmt: skip
+@click.option("--allow-task-code", is_flag=True, help="Let tasks and objectives run Python code.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+@click.option(
+    "--tolerance", type=click.FloatRange(0), default=0.0, show_default=True,
+    help="How far the score of an item may be off, relative above 1; on other machines "
+    "log-likelihoods differ in their last bits.",
+)  # fmt: skip
+@MODEL_FOLDERS
+@click.option("--base", default=None, metavar="MODEL", help="Where the base is.")
+@click.option(
+    "--expert", "experts", multiple=True, metavar="NAME=MODEL",
+    help="Where an expert is; repeat for each.",
+)  # fmt: skip
+@AS_JSON
+def verify(
+    directory: Path, digests_only: bool, root: Path, include: tuple[str, ...],
+    allow_task_code: bool, device: str, tolerance: float, folders: tuple[Path, ...],
+    base: str | None, experts: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
+    """Check an export: its files against their digests, its scores by scoring it again.
+
+    The study is not needed, only its tasks. The models that were merged are needed where an
+    objective compares with them, and the base where DIR holds an adapter. Exits with 1 where
+    anything differs from what was recorded.
+    """
+    from evomerge.verification import Where, verify_digests
+    from evomerge.verification import verify as verify_export
+
+    if digests_only:
+        found = verify_digests(directory)
+    else:
+        sources = dict(expert_pairs(experts)) | ({"base": base} if base is not None else {})
+        where = Where(root, include, allow_task_code, device, folders, sources, tolerance)
+        found = verify_export(directory, where)
+    if as_json:
+        print_json(found.facts())
+    else:
+        click.echo("\n".join(found.lines()))
+    if not found.equal:
+        raise click.exceptions.Exit(1)
 
 
 @click.command()
@@ -70,6 +166,7 @@ def export(
     metavar="NAME=MODEL",
     help="Where an expert is, if not as written; repeat for each.",
 )
+@MODEL_FOLDERS
 @click.option(
     "--dtype",
     type=DTYPE,
@@ -83,14 +180,16 @@ def export(
 @click.option("--threads", type=click.IntRange(1), default=None, help="All CPUs where absent.")
 @AS_JSON
 def merge(
-    recipe: Path, out: Path, base: str | None, experts: tuple[str, ...], dtype: str | None,
-    max_memory: str, max_shard_size: str, threads: int | None, as_json: bool,
+    recipe: Path, out: Path, base: str | None, experts: tuple[str, ...],
+    folders: tuple[Path, ...], dtype: str | None, max_memory: str, max_shard_size: str,
+    threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Write the merge of one recipe as a checkpoint, without a study.
 
     RECIPE.json is what `evomerge export` writes as evomerge_recipe.json. Its models are looked
-    for beside it, on the hub, or where --base and --expert say. Weights stream from disk to
-    disk, so that the merge of a large model needs little memory.
+    for below --models by the digests of their weights, beside it, on the hub, or where --base and
+    --expert say; other weights are refused, so the merge is the same bit for bit. Weights stream
+    from disk to disk, so that the merge of a large model needs little memory.
     """
     from rich.console import Console
 
@@ -104,7 +203,7 @@ def merge(
     overrides = dict(expert_pairs(experts)) | ({"base": base} if base is not None else {})
     with byte_progress(out.name, Console(stderr=True)) as progress:
         merged = merge_recipe(
-            recipe, out, overrides, DTYPES[dtype] if dtype else None, settings, progress
+            recipe, out, overrides, DTYPES[dtype] if dtype else None, settings, progress, folders
         )
     if as_json:
         print_json(merged.facts())

@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -89,8 +90,10 @@ class FitnessSection(Section):
         default_factory=list, description="folders with your own task YAML files"
     )
     items: SearchItemsSection = SearchItemsSection()  # type: ignore[call-arg]
-    estimator: EstimatorSection | None = Field(
-        None, description="score few items of each trial and estimate the rest"
+    estimator: EstimatorSection | Literal["auto", "none"] | None = Field(
+        "auto",
+        description="score few items of each trial and estimate the rest; auto: where it is known "
+        "to pay, see docs/fitness.md; none (or null): score all search items",
     )
     batch_size: int = Field(
         64, ge=1, le=65536,
@@ -99,15 +102,26 @@ class FitnessSection(Section):
     )  # fmt: skip
     batch_tokens: int | None = Field(
         None, ge=64, le=1 << 24,
-        description="tokens per forward pass; found by the free memory where absent",
+        description="tokens per forward pass; auto (or absent): found once by the free memory, and "
+        "the same when the study is continued",
     )  # fmt: skip
     allow_task_code: bool = Field(False, description="let tasks run Python code")
+
+    @field_validator("batch_tokens", mode="before")
+    @classmethod
+    def _found(cls, value: object) -> object:
+        return None if value == "auto" else value
+
+    @property
+    def estimated(self) -> EstimatorSection | None:
+        """The estimator that is named; None for none, and while ``auto`` is not decided."""
+        return self.estimator if isinstance(self.estimator, EstimatorSection) else None
 
     @model_validator(mode="after")
     def _something(self) -> FitnessSection:
         if not self.tasks and not self.objectives:
             raise PydanticCustomError("no_objective", "needs an entry in tasks or in objectives")
-        if self.estimator is not None and self.items.policy == "resampled":
+        if self.estimated is not None and self.items.policy == "resampled":
             raise PydanticCustomError(
                 "two_policies", "items.policy: resampled and an estimator exclude each other"
             )
@@ -130,10 +144,17 @@ class SearchSection(Section):
         description="beside the baselines; 150 where absent, no limit where `items` is given alone",
     )  # fmt: skip
     racing: RacingSection | None = Field(
-        None, description="stop trials early that cannot reach the front; `{}` for the defaults"
+        None,
+        description="stop trials early that cannot reach the front (`{}` for the defaults), or "
+        "halve generations: `{rule: halving, rungs: [10, 20, 50, 200], eta: 2}`",
     )
     parallel: int | None = Field(
         None, ge=1, le=4096, description="outstanding trials; twice the workers where absent"
+    )
+    order: Literal["ask", "completion"] = Field(
+        "ask",
+        description="in which the searcher is told of results; completion keeps workers busy where "
+        "some trials take much longer than others, at the price that the search cannot be repeated",
     )
     finalists: int = Field(12, ge=1, le=1000, description="re-scored on the validation items")
 
@@ -141,6 +162,8 @@ class SearchSection(Section):
     def _bounded(self) -> SearchSection:
         if self.trials is None and self.items is None:
             raise PydanticCustomError("no_budget", "needs trials, items, or both")
+        if self.racing and self.racing.rule == "halving" and self.order != "ask":
+            raise PydanticCustomError("order", "racing.rule: halving needs order: ask")
         return self
 
 
@@ -167,7 +190,11 @@ class PoolSection(Section):
         description="where base and experts lie while merges are applied: on the device, in "
         "(pinned) memory of the machine, or memory-mapped on disk; auto takes what fits",
     )
-    timeout: float | None = Field(None, gt=0, description="seconds per trial; none where absent")
+    timeout: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        "auto",
+        description="seconds per trial, then its worker is killed and the trial fails; auto: three "
+        "times what trials take, and at least two minutes; null: no limit",
+    )
     max_attempts: int = Field(3, ge=1, le=100, description="workers that one trial may kill")
 
 
@@ -317,17 +344,19 @@ _NOT_A_MAPPING = ("model_type", "model_attributes_type", "dict_type", "dataclass
 _MAPPINGS = {
     "RangeSection": "must be a number or {low, high}",
     "TaskSection": "must be the name of a task or a mapping",
+    "EstimatorSection": "must be auto, none, or a mapping such as {name: soft_reg, items: 60}",
 }
 _KINDS: dict[type, str] = {dict: "mapping", list: "list"}
 
 
-_BRANCHES = {"str", "int", "float", "bool", "RangeSection", "TaskSection", "[key]"}
+_BRANCHES = {
+    "str", "int", "float", "bool", "RangeSection", "TaskSection", "EstimatorSection", "[key]",
+}  # fmt: skip
+_BRANCH_KINDS = ("list[", "literal[", "constrained", "function-after[")
 
 
 def _is_union_branch(part: int | str) -> bool:
-    return isinstance(part, str) and (
-        part in _BRANCHES or part.startswith(("list[", "constrained", "function-after["))
-    )
+    return isinstance(part, str) and (part in _BRANCHES or part.startswith(_BRANCH_KINDS))
 
 
 def _dotted(location: Sequence[int | str]) -> str:

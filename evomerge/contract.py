@@ -11,10 +11,12 @@ from typing import Any
 def compared(contract: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a contract that must be equal when a study is continued.
 
-    The name is for display, and weights count only where the searcher sees a weighted mean.
+    The name, and why an estimator was taken, are for display; weights count only where the
+    searcher sees a weighted mean.
     """
     fields = dict(contract)
-    fields["identity"] = {k: v for k, v in contract["identity"].items() if k != "name"}
+    shown = ("name", "estimator")
+    fields["identity"] = {k: v for k, v in contract["identity"].items() if k not in shown}
     if not contract["scalarise"]:
         fields["objectives"] = [
             {key: value for key, value in objective.items() if key != "weight"}
@@ -32,6 +34,7 @@ _KEYS = {
     "resampled": "fitness.items",
     "estimation": "fitness.estimator",
     "parallel": "search.parallel",
+    "order": "search.order",
     "finalists": "search.finalists",
     "scalarise": "on the weighted mean of the objectives",
     "baselines": "baselines.task_arithmetic",

@@ -323,7 +323,7 @@ def _load_weights(model: Any, directory: Path) -> None:
     model.load_state_dict(weights)
 
 
-def _train_one(directory: Path, name: str, training: Training, progress: Progress) -> None:
+def train_one(directory: Path, name: str, training: Training, progress: Progress) -> None:
     """Train one model and put it at ``directory/name``, whole or not at all."""
     with _one_thread(training.seed):
         model = _new_model(training)
@@ -460,7 +460,7 @@ def train_pool(directory: Path, progress: Progress, training: Training | None = 
         for name in MODELS:
             if name in models:
                 continue
-            _train_one(directory, name, training, progress)
+            train_one(directory, name, training, progress)
             fingerprint = _fingerprint(directory / name)
             assert fingerprint is not None, "a saved model has all its files"
             models[name] = fingerprint

@@ -12,8 +12,10 @@ from evomerge.estimation import estimation
 from evomerge.fitness.composite import Composite
 from evomerge.fitness.irt.estimators import ESTIMATORS
 from evomerge.fitness.splits import ItemSplit
+from evomerge.halving import Halving
 from evomerge.items import Resampled
 from evomerge.racing import Racing
+from evomerge.search.registry import find_searcher
 
 
 def economy(file: StudyFile, root: Path, fitness: Composite) -> dict[str, Any]:
@@ -27,11 +29,20 @@ def economy(file: StudyFile, root: Path, fitness: Composite) -> dict[str, Any]:
     if items.policy == "resampled":
         assert items.per_trial is not None
         arguments["resampled"] = Resampled(items.per_trial, items.every)
-    if racing is not None:
+    if racing is not None and racing.rule == "halving":
+        bracket = None if in_generations(file) else racing.bracket
+        arguments["racing"] = Halving(tuple(racing.rungs), racing.eta, bracket)
+    elif racing is not None:
         arguments["racing"] = Racing(
             tuple(racing.rungs), racing.z, references=racing.references
         )  # fmt: skip
     return arguments
+
+
+def in_generations(file: StudyFile) -> bool:
+    """Return whether the searcher asks a whole generation before it must be told anything."""
+    steady = file.search.arguments.get("steady", False)
+    return find_searcher(file.search.searcher).generational and not steady
 
 
 def require_enough_items(file: StudyFile, splits: Sequence[ItemSplit]) -> None:
@@ -41,7 +52,7 @@ def require_enough_items(file: StudyFile, splits: Sequence[ItemSplit]) -> None:
         InputError: no objective has so many search items.
     """
     most = max(len(split.search) for split in splits)
-    estimator = file.fitness.estimator
+    estimator = file.fitness.estimated
     asked = {
         "fitness.items.per_trial": file.fitness.items.per_trial,
         "fitness.estimator.items": None if estimator is None else estimator.items,
@@ -61,7 +72,7 @@ def wants_margins(file: StudyFile) -> bool:
 
     Generated answers have them only where this is said, because they cost.
     """
-    section = file.fitness.estimator
+    section = file.fitness.estimated
     if section is None:
         return False
     entry = ESTIMATORS.get(section.name)
@@ -74,26 +85,31 @@ def planned_trials(file: StudyFile, splits: Sequence[ItemSplit]) -> int:
     if file.search.trials is not None:
         return file.search.trials
     assert file.search.items is not None
-    items, estimator = file.fitness.items, file.fitness.estimator
+    return max(1, file.search.items // item_evaluations(file, splits))
+
+
+def item_evaluations(file: StudyFile, splits: Sequence[ItemSplit]) -> int:
+    """Return the items of one trial, over all objectives, where nothing is known or stopped."""
+    items, estimator = file.fitness.items, file.fitness.estimated
     sizes = [len(split.search) for split in splits]
     most = items.per_trial or (estimator.items if estimator is not None else max(sizes))
-    return max(1, file.search.items // sum(min(size, most) for size in sizes))
+    return sum(min(size, most) for size in sizes)
 
 
 def economy_facts(file: StudyFile) -> dict[str, Any]:
     """Return what a study does to score less, as data; what it does not use is not there."""
-    items, estimator, racing = file.fitness.items, file.fitness.estimator, file.search.racing
+    items, estimator, racing = file.fitness.items, file.fitness.estimated, file.search.racing
     return {
         **({"items": file.search.items} if file.search.items is not None else {}),
         **({"resampled": items.per_trial} if items.per_trial is not None else {}),
-        **({"racing": racing.model_dump()} if racing is not None else {}),
+        **({"racing": racing.settings()} if racing is not None else {}),
         **({"estimator": estimator.model_dump()} if estimator is not None else {}),
     }
 
 
 def economy_lines(file: StudyFile) -> list[str]:
     """Return what a study does to score less, for people."""
-    items, estimator, racing = file.fitness.items, file.fitness.estimator, file.search.racing
+    items, estimator, racing = file.fitness.items, file.fitness.estimated, file.search.racing
     lines = []
     if file.search.items is not None:
         lines.append(f"at most {file.search.items:,} item evaluations")
@@ -103,5 +119,9 @@ def economy_lines(file: StudyFile) -> list[str]:
         lines.append(f"{estimator.name} from {estimator.items} items ({estimator.design})")
     if racing is not None:
         rungs = ", ".join(map(str, racing.rungs))
-        lines.append(f"races after {rungs} items")
+        halves = racing.rule == "halving"
+        lines.append(
+            f"the best 1/{racing.eta} go on after {rungs} items" if halves
+            else f"races after {rungs} items"
+        )  # fmt: skip
     return lines

@@ -57,24 +57,51 @@ class EstimatorSection(Section):
     )  # fmt: skip
 
 
-class RacingSection(Section):
-    """Stop trials early that cannot reach the front any more."""
+#: Keys of ``search.racing`` that belong to one rule.
+_FRONT_KEYS, _HALVING_KEYS = {"z", "references"}, {"eta", "bracket"}
 
+
+class RacingSection(Section):
+    """Score trials on few items first, and only some of them on more."""
+
+    rule: Literal["front", "halving"] = Field(
+        "front",
+        description="front: a trial stops when it cannot reach the front any more, on paired "
+        "differences; halving: of the trials of a generation the best 1/eta go on to the next "
+        "rung, and in the end to all items",
+    )
     rungs: list[int] = Field(
         default_factory=lambda: [10, 20, 50, 200],
         min_length=1,
-        description="items of each task after which to look, ascending; at least 10",
+        description="items of each task after which to look, ascending; at least 10; all items "
+        "come after the last one",
     )
     z: float = Field(
         1.6, gt=0, le=100,
-        description="standard errors of the paired difference that it takes, in every objective",
+        description="front: standard errors of the paired difference that it takes, in every "
+        "objective",
     )  # fmt: skip
     references: int = Field(
-        8, ge=1, le=64, description="members of the front that a trial is compared with, at most"
-    )
+        8, ge=1, le=64,
+        description="front: members of the front that a trial is compared with, at most",
+    )  # fmt: skip
+    eta: int = Field(2, ge=2, le=64, description="halving: one in so many goes on, rounded up")
+    bracket: int = Field(
+        16, ge=2, le=4096,
+        description="halving: trials that are compared with each other where the searcher has no "
+        "generations; so many are outstanding then, instead of `parallel`",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _ascending(self) -> RacingSection:
         if self.rungs != sorted(set(self.rungs)) or self.rungs[0] < 10:
             raise PydanticCustomError("rungs", "rungs must ascend from 10 or more")
+        strangers = _HALVING_KEYS if self.rule == "front" else _FRONT_KEYS
+        for key in sorted(strangers):  # a resolved study file has all keys
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise PydanticCustomError("rule", f"{key} means nothing to rule: {self.rule}")
         return self
+
+    def settings(self) -> dict[str, object]:
+        """Return the keys that count under this rule."""
+        return self.model_dump(exclude=_HALVING_KEYS if self.rule == "front" else _FRONT_KEYS)

@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from evomerge.config import StudyFile
+from evomerge.economy_sections import EstimatorSection
 from evomerge.errors import InputError, suggest
 from evomerge.estimate import Answers, Endpoint, Estimate, Estimation, Estimator
 from evomerge.fitness.aggregate import Aggregate, MeanEstimator
 from evomerge.fitness.composite import Composite
 from evomerge.fitness.irt.bank import ItemBank, load_bank
 from evomerge.fitness.irt.design import DESIGNS, choose_items
-from evomerge.fitness.irt.estimators import ESTIMATORS, SubsetEstimator
+from evomerge.fitness.irt.estimators import ESTIMATORS, NEEDS, SubsetEstimator
 from evomerge.fitness.irt.population import Design, Endpoints, Population
+from evomerge.fitness.measures import MEASURES
 
 Items = tuple[tuple[str, ...], ...]
 
@@ -32,7 +34,7 @@ def estimation(file: StudyFile, root: Path, fitness: Composite) -> Estimation | 
     Raises:
         InputError: every problem of ``fitness.estimator``.
     """
-    section = file.fitness.estimator
+    section = file.fitness.estimated
     if section is None:
         return None
     names = [objective.name for objective in fitness.objectives]
@@ -52,13 +54,18 @@ def estimation(file: StudyFile, root: Path, fitness: Composite) -> Estimation | 
             problems.append(f"banks.{name}: {error}")
     if section.name in ESTIMATORS and "bank" in ESTIMATORS[section.name].needs and not banks:
         problems.append(f"banks: {section.name} needs an item bank of at least one objective")
+    graded = (True,) * len(names)
+    if not problems:
+        if _needs_margins(section.name, section.design):
+            graded = tuple(not reason for reason in fitness.ungraded)
+        problems += _unfit(section, fitness, len(file.fitness.tasks))
     if problems:
         raise InputError("\n".join(f"fitness.estimator.{problem}" for problem in problems))
     return Estimation(
         name=section.name,
         prepare=Preparation(
             section.name, section.design, section.items, file.seed, tuple(names),
-            fitness.aggregates, fitness.sources, banks,
+            fitness.aggregates, fitness.sources, banks, graded,
         ),
         full_every=section.full_every,
         calibration=section.calibration,
@@ -70,12 +77,54 @@ def estimation(file: StudyFile, root: Path, fitness: Composite) -> Estimation | 
     )  # fmt: skip
 
 
+def _unfit(section: EstimatorSection, fitness: Composite, tasks: int) -> list[str]:
+    """Return what can be seen without a model to be missing, before anything is scored.
+
+    Args:
+        section: the estimator.
+        fitness: all objectives.
+        tasks: how many of them are lm-eval tasks; they come first.
+    """
+    problems = []
+    if section.design == "stratified" and not any(one.strata for one in fitness.aggregates):
+        problems.append(
+            "design: stratified draws by task, but no objective has several (name a group or tag "
+            "in fitness.tasks, or take random)"
+        )
+    if not _needs_margins(section.name, section.design):
+        return problems
+    own = {measure.unit for measure in MEASURES.values()}
+    judged = [
+        number
+        for number in range(tasks)
+        if fitness.aggregates[number].link == "mean" and fitness.objectives[number].unit not in own
+    ]
+    wanting = section.name if "margins" in ESTIMATORS[section.name].needs else section.design
+    key = "name" if wanting == section.name else "design"
+    reasons = fitness.ungraded
+    problems += [
+        f"{key}: {wanting} needs margins, {fitness.objectives[number].name} has none: "
+        f"{reasons[number]} ({NEEDS['margins']}; cells needs none)"
+        for number in judged
+        if reasons[number]
+    ]
+    if not judged:
+        problems.append(
+            f"{key}: {wanting} needs margins, which no objective has ({NEEDS['margins']})"
+        )
+    return problems
+
+
+def _needs_margins(name: str, design: str) -> bool:
+    return "margins" in ESTIMATORS[name].needs or design.endswith("margins")
+
+
 @dataclass(frozen=True)
 class Preparation:
     """From the endpoints to items and estimator; see ``evomerge.estimate.Prepare``.
 
-    An estimator that needs scores in [0, 1], or an item bank, leaves the objectives that have
-    none to the mean of items drawn at random; so do values that are no mean of item scores
+    An estimator that needs scores in [0, 1], margins, or an item bank, leaves the objectives that
+    have none to the mean of items drawn at random; so do values that are no mean of item scores
     (perplexities). Objectives with the same source share their items.
 
     Attributes:
@@ -87,6 +136,7 @@ class Preparation:
         aggregates: how values are made of item scores [m].
         sources: what the items are drawn from [m].
         banks: by number of the objective.
+        graded: whether an objective can have margins [m].
     """
 
     name: str
@@ -97,6 +147,7 @@ class Preparation:
     aggregates: tuple[Aggregate, ...]
     sources: tuple[str | None, ...]
     banks: Mapping[int, ItemBank]
+    graded: tuple[bool, ...]
 
     def __call__(self, endpoints: Sequence[Endpoint]) -> tuple[Items, Estimator]:
         """Choose the items and fit whatever there is to fit.
@@ -120,7 +171,8 @@ class Preparation:
             count = min(self.count, len(population))
             try:
                 if key not in shared:
-                    way = self.design if modelled else "random"
+                    no_tasks = self.design == "stratified" and not population.groups
+                    way = self.design if modelled and not no_tasks else "random"
                     shared[key] = choose_items(way, population, count, self.seed, key[0])
                 items.append(shared[key].ids)
                 if modelled:
@@ -139,6 +191,7 @@ class Preparation:
             self.aggregates[number].link == "mean"
             and len(population) > 1
             and ("fractions" not in needs or fractions)
+            and (self.graded[number] or not _needs_margins(self.name, self.design))
             and ("bank" not in needs or number in self.banks)
         )
 

@@ -13,9 +13,10 @@ from evomerge.errors import Interrupted
 from evomerge.estimate import Answers, Estimator, PlainMean
 from evomerge.interrupt import StopSignals
 from evomerge.item_cache import ItemCache, Items
-from evomerge.journal import Journal
+from evomerge.journal import Recorder
 from evomerge.pool import Pool
 from evomerge.racing import Racing, fresh_counts, stopped_at
+from evomerge.spool import SPOOL, Spool
 from evomerge.study_record import History, Result, Split, result_fields
 from evomerge.trial import Evaluation, Failure, Job, Objective, Outcome, Race, Trial
 from evomerge.valuation import Mode, Valuation, Valued, checked
@@ -39,6 +40,8 @@ class Request:
         mode: what is made of the scores.
         rivals: scores of the references of its race on these items [R][m][<= I]; empty for no
             race.
+        rung: with the split ``part``, score the first so many of each objective only; the trial
+            is not finished then, unless it fails.
     """
 
     trial: Trial
@@ -46,6 +49,12 @@ class Request:
     items: Items
     mode: Mode = "mean"
     rivals: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    rung: int | None = None
+
+    @property
+    def wanted(self) -> Items:
+        """The items to score now [m][<= I]."""
+        return tuple(ids[: self.rung] for ids in self.items)
 
 
 class Evaluations:
@@ -68,12 +77,14 @@ class Evaluations:
         signals: that stop the study.
         grace_seconds: how long a stop waits for running trials.
         on_change: called after every result.
+        spool: where workers leave what they have measured; None where they leave nothing. What
+            lies there when the study goes on is taken instead of being measured again.
     """
 
     def __init__(
         self,
         *,
-        journal: Journal,
+        journal: Recorder,
         history: History,
         objectives: tuple[Objective, ...],
         estimator: Estimator | None,
@@ -82,8 +93,10 @@ class Evaluations:
         signals: StopSignals,
         grace_seconds: float,
         on_change: Callable[[], None],
+        spool: Spool | None = None,
     ) -> None:
         self._journal = journal
+        self._history = history
         self._results = history.results
         self._digests = history.digests
         self._objectives = objectives
@@ -94,6 +107,8 @@ class Evaluations:
         self._signals = signals
         self._grace_seconds = grace_seconds
         self._on_change = on_change
+        self._spool = spool
+        self._spooled = spool is not None and bool(spool.entries())
         self._pool: Pool | None = None
         self._queue: deque[Request] = deque()
         self._in_flight: dict[int, tuple[Request, Job]] = {}
@@ -101,6 +116,7 @@ class Evaluations:
         self._cache = ItemCache()
         self._first: dict[tuple[str, Split], int] = {}  # who has a result on a split first
         self._whole: dict[tuple[str, Items], Evaluation] = {}
+        self._arrivals: dict[int, int] = {}  # by trial, on the search items
         self.scored = 0  # items, by workers, since the study began
         self.stops = 0  # races that ended early
         for (split, number), result in self._results.items():
@@ -122,7 +138,7 @@ class Evaluations:
 
     def request(self, request: Request) -> None:
         """Start whatever it takes to get a result."""
-        if (request.split, request.trial.number) in self._results:
+        if self._settled(request):
             return
         digest = self._digests[request.trial.number]
         if digest in self._waiting:
@@ -142,14 +158,93 @@ class Evaluations:
             StorageError: the journal cannot be written.
             SetupError: no worker can be started.
         """
-        key = (split, trial.number)
+        self._wait(lambda: (split, trial.number) in self._results)
+        return self._results[split, trial.number]
+
+    def first(self, numbers: Sequence[int]) -> int:
+        """Wait until one of these trials has its result on the search items; return which.
+
+        Where several have, it is the one whose result is first in the journal.
+
+        Raises:
+            Interrupted, StorageError, SetupError: see ``result``.
+        """
+        self._wait(lambda: any(number in self._arrivals for number in numbers))
+        arrived = [number for number in numbers if number in self._arrivals]
+        return min(arrived, key=self._arrivals.__getitem__)
+
+    def reading(self, request: Request) -> Evaluation | None:
+        """Wait for the part of a trial up to a rung and return what it is worth.
+
+        Args:
+            request: of the split ``part``; was given to ``request`` before.
+
+        Returns:
+            None where the trial failed at this rung or an earlier one.
+
+        Raises:
+            Interrupted, StorageError, SetupError: see ``result``.
+        """
+        self._wait(lambda: self._settled(request))
+        number = request.trial.number
+        if self._failed_by(number, request.rung):
+            return None
+        valued = self._valued(request, self._digests[number], request.rung, {})
+        if isinstance(valued, Failure):
+            self._record(request, Result(valued, 0, "", rung=request.rung))
+            return None
+        return valued.evaluation
+
+    def leave(self, request: Request, stages: Sequence[int]) -> None:
+        """Finish a trial with what is known of it; some of its items never get a score.
+
+        Args:
+            request: of the split ``search``.
+            stages: rungs [R], ascending; the longest whose items are all known counts.
+        """
+        number = request.trial.number
+        if ("search", number) in self._results:
+            return
+        digest = self._digests[number]
+        known = self._cache.known(digest, request.items)
+        reached = [
+            rung for rung in stages if all(None not in row[:rung] for row in known)
+        ]  # fmt: skip
+        rung = None if all(None not in row for row in known) else max(reached)
+        part = self._results.get(("part", number))
+        first = self._first.get((digest, "search"), self._first.get((digest, "part")))
+        reused = first if part is None else None
+        valued = self._valued(request, digest, rung, self._seconds_before(number))
+        value = valued if isinstance(valued, Failure) else valued.evaluation
+        beside = {} if isinstance(valued, Failure) else valued.beside
+        attempts, worker = (0, "") if part is None else (part.attempts, part.worker)
+        result = Result(value, attempts, worker, reused=reused, rung=rung, beside=beside)
+        self._record(request, result)
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
         self._check_signals()
-        while key not in self._results:
+        while not ready():
             assert self._pool is not None
             self._collect(POLL_SECONDS)
             self._feed()
             self._check_signals()
-        return self._results[key]
+
+    def _settled(self, request: Request) -> bool:
+        """Return whether there is nothing more to do for a request."""
+        number = request.trial.number
+        if request.split != "part":
+            return (request.split, number) in self._results
+        if self._failed_by(number, request.rung):
+            return True
+        known = self._cache.known(self._digests[number], request.wanted)
+        return all(score is not None for row in known for score in row)
+
+    def _failed_by(self, number: int, rung: int | None) -> bool:
+        """Return whether a trial had failed when its bracket looked at a rung."""
+        result = self._results.get(("search", number))
+        if result is None or not isinstance(result.value, Failure):
+            return False
+        return rung is None or (result.rung is not None and result.rung <= rung)
 
     def close(self) -> None:
         """Stop the workers; idempotent."""
@@ -169,6 +264,8 @@ class Evaluations:
 
     def _from_cache(self, request: Request, digest: str) -> bool:
         """Record the result of a request without a worker, if what is known is enough."""
+        if request.split == "part":  # what is known needs no record
+            return self._settled(request)
         enough, rung = self._standing(request, digest, self._race(request, digest))
         if not enough:
             return False
@@ -215,16 +312,26 @@ class Evaluations:
         """Hand jobs to the pool while it has a free worker."""
         if not self._queue or self._signals.received is not None:
             return
-        if self._pool is None:
-            self._pool = self._make_pool()
-        while self._queue and len(self._in_flight) < self._pool.workers:
-            request = self._queue.popleft()
-            trial = request.trial
-            digest = self._digests[trial.number]
-            missing = self._cache.missing(digest, request.items)
-            job = Job(trial.number, trial.recipe, missing, self._race(request, digest))
-            self._pool.submit(job)
-            self._in_flight[trial.number] = (request, job)
+        while self._queue:
+            request = self._queue[0]
+            job = self._job(request)
+            found = self._spool.get(job) if self._spool is not None and self._spooled else None
+            if found is None:
+                if self._pool is None:
+                    self._pool = self._make_pool()
+                if len(self._in_flight) >= self._pool.workers:
+                    return
+                self._pool.submit(job)
+            self._queue.popleft()
+            self._in_flight[job.number] = (request, job)
+            if found is not None:
+                self._accept(Outcome(job.number, found, 1, SPOOL))
+
+    def _job(self, request: Request) -> Job:
+        trial = request.trial
+        digest = self._digests[trial.number]
+        missing = self._cache.missing(digest, request.wanted)
+        return Job(trial.number, trial.recipe, missing, self._race(request, digest))
 
     def _collect(self, timeout: float) -> None:
         assert self._pool is not None
@@ -236,10 +343,12 @@ class Evaluations:
         digest = self._digests[request.trial.number]
         rungs = () if job.race is None else fresh_counts(job.race)
         scored = checked(outcome.result, self._objectives, job.items, rungs)
-        result = Result(scored, outcome.attempts, outcome.worker)
+        result = Result(scored, outcome.attempts, outcome.worker, rung=request.rung)
         if isinstance(scored, Evaluation):
             result = self._put_together(request, digest, job, scored, result)
         self._record(request, result)
+        if self._spool is not None:
+            self._spool.drop(job)
         # Where it failed, the same recipe gets one more chance under the next trial's name.
         needy = self._next(digest)
         if needy is not None:
@@ -251,6 +360,10 @@ class Evaluations:
         """Return the result on all items of a request from those of its job."""
         self._cache.add(digest, job.items, scored.scores)
         fresh = sum(len(score.items) for score in scored.scores)
+        if request.split == "part":
+            part = self._valued(request, digest, request.rung, dict(scored.seconds))
+            value = part if isinstance(part, Failure) else part.evaluation
+            return replace(result, value=value, fresh=fresh)
         whole = job.items == request.items and job.race is None
         if self._take_worker_value and request.mode == "mean" and whole:
             return replace(result, fresh=fresh)
@@ -259,29 +372,48 @@ class Evaluations:
             counts = " + ".join(str(len(score.items)) for score in scored.scores)
             problem = f"the worker stopped its race after {counts} items, without a reason"
             return replace(result, value=Failure("bad_result", problem), fresh=fresh)
-        valued = self._valued(request, digest, rung, dict(scored.seconds))
+        seconds = self._seconds_before(request.trial.number)
+        for phase, spent in scored.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + spent
+        valued = self._valued(request, digest, rung, seconds)
         if isinstance(valued, Failure):
             return replace(result, value=valued, fresh=fresh)
         return replace(
             result, value=valued.evaluation, fresh=fresh, rung=rung, beside=valued.beside
         )
 
+    def _seconds_before(self, number: int) -> dict[str, float]:
+        """Return what the parts of a trial took, by phase."""
+        part = self._results.get(("part", number))
+        if part is None:
+            return {}
+        assert isinstance(part.value, Evaluation)
+        return dict(part.value.seconds)
+
     def _record(self, request: Request, result: Result) -> None:
         split, number = request.split, request.trial.number
+        if split == "part" and isinstance(result.value, Failure):
+            split = "search"  # nothing comes after it
         fields = result_fields(number, result)
-        if split == "search":
+        if split == "part":
+            self._journal.append("part", **fields)
+            self._history.add_part(number, result)
+        elif split == "search":
             self._journal.append("tell", **fields)
+            self._results[split, number] = result
         else:
             self._journal.append("score", split=split, **fields)
-        self._results[split, number] = result
+            self._results[split, number] = result
         self._remember(split, number, request.items, result)
         self._on_change()
 
     def _remember(self, split: Split, number: int, items: Items, result: Result) -> None:
+        if split == "search":
+            self._arrivals[number] = len(self._arrivals)
         self.scored += result.fresh
-        self.stops += result.rung is not None
         if not isinstance(result.value, Evaluation):
             return
+        self.stops += split == "search" and result.rung is not None
         digest = self._digests[number]
         self._cache.add(digest, items, result.value.scores)
         self._first.setdefault((digest, split), number)

@@ -6,36 +6,70 @@ renamed. Nothing in it names a path or a user of the machine that made it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from evomerge import __version__
 from evomerge.atomic_directory import atomic_directory, require_free, require_space
 from evomerge.checkpoint import Checkpoint, is_local
+from evomerge.checksums import write_sums
 from evomerge.errors import InputError, NothingUsableError, RecipeError
-from evomerge.front_table import point_name, table_points
+from evomerge.export_documents import (
+    MERGEKIT_FILE as MERGEKIT_FILE,
+)
+from evomerge.export_documents import (
+    RECIPE_FILE as RECIPE_FILE,
+)
+from evomerge.export_documents import (
+    SCORES_FILE as SCORES_FILE,
+)
+from evomerge.export_documents import (
+    Adapter,
+    Written,
+    best_split,
+    documents,
+    reproduction,
+    split_values,
+)
+from evomerge.licences import combined_licence, stated_licence
+from evomerge.lora import lora_bytes, write_lora
 from evomerge.merge.writer import (
     checkpoint_bytes,
     copy_companions,
     verify_checkpoint,
     write_checkpoint,
 )
-from evomerge.mergekit_yaml import MergekitConfig, mergekit_config
-from evomerge.model_card import CardFacts, model_card
+from evomerge.mergekit_yaml import mergekit_config
 from evomerge.models import Models
-from evomerge.presentation import front_data, study_name
+from evomerge.picking import pick_trial
 from evomerge.recipe import ModelRef, Recipe
-from evomerge.scoring import Scoring, lm_eval_command, lm_eval_notes, lm_eval_runs
-from evomerge.study_record import SPLITS, Split
+from evomerge.scoring import Scoring
 from evomerge.study_view import StudyView
+from evomerge.tokenizer_source import tokenizer_source
 from evomerge.trial import Evaluation, TrialState
 
-RECIPE_FILE = "evomerge_recipe.json"
-SCORES_FILE = "evomerge_scores.json"
-MERGEKIT_FILE = "mergekit_config.yml"
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """How a merge is written.
+
+    Attributes:
+        dtype: safetensors name, instead of the one that was scored.
+        max_shard_bytes: largest shard.
+        tokenizer: ``base``, ``expert:NAME`` or a directory; None to decide.
+        recipe_only: leave out weights, config and tokenizer.
+        lora: rank of the adapter that is written instead of the whole model; None for the model.
+    """
+
+    dtype: str | None = None
+    max_shard_bytes: int = 5_000_000_000
+    tokenizer: str | None = None
+    recipe_only: bool = False
+    lora: int | None = None
+
+
+#: Scores an adapter directory on the items of the export; None where it cannot, with the reason.
+Rescore = Callable[[Path], tuple[Evaluation | None, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +87,7 @@ class Exported:
         notes: what else it takes to repeat them.
         expected: value of each objective that they must give.
         split: which items they score.
+        adapter: what an adapter keeps of the merge; None where the merge itself was written.
     """
 
     out: Path
@@ -65,15 +100,23 @@ class Exported:
     notes: tuple[str, ...]
     expected: Mapping[str, float]
     split: str
+    adapter: Adapter | None = None
 
 
-def choose(view: StudyView, *, best: str | None = None, trial: int | None = None) -> int:
+def choose(
+    view: StudyView,
+    *,
+    best: str | None = None,
+    trial: int | None = None,
+    pick: str | None = None,
+) -> int:
     """Return the number of the trial to export: the knee where nothing else is asked for.
 
     Args:
         view: the study.
         best: name of an objective: the front member that is best in it.
         trial: a number.
+        pick: one of ``evomerge.picking.PICKS``.
 
     Raises:
         InputError: unknown objective or trial, or a trial without an evaluation.
@@ -81,6 +124,8 @@ def choose(view: StudyView, *, best: str | None = None, trial: int | None = None
     """
     if best is not None and trial is not None:
         raise InputError("export: give either an objective or a trial, not both")
+    if pick is not None:
+        return pick_trial(view, pick)
     if best is not None:
         return view.best(best)
     if trial is not None:
@@ -102,6 +147,8 @@ def export(
     scoring: Scoring | None = None,
     max_shard_bytes: int = 5_000_000_000,
     root: Path | None = None,
+    options: ExportOptions | None = None,
+    rescore: Rescore | None = None,
 ) -> Exported:
     """Write trial ``number`` of a study as a checkpoint directory.
 
@@ -111,42 +158,85 @@ def export(
         models: what it is made from.
         out: the new directory; an empty one is replaced.
         scoring: how the study scores; None where lm_eval does not apply.
-        max_shard_bytes: largest shard.
+        max_shard_bytes: largest shard, where ``options`` does not say.
         root: folder of the study file, where the commands are run; None for the current one.
+        options: how it is written.
+        rescore: scores an adapter; without it what an adapter loses is told of the weights only.
 
     Raises:
-        InputError: ``out`` is not empty, or cannot be made.
+        InputError: ``out`` is not empty, or cannot be made; or the options do not go together.
         RecipeError: the models are not those of the study, or the merge is not finite.
         StorageError: there is not enough space.
     """
+    options = options or ExportOptions(max_shard_bytes=max_shard_bytes)
+    _require_one_form(options)
     out = out.absolute()
     here = (root or Path.cwd()).resolve()
     shown = out.relative_to(here) if out.is_relative_to(here) else Path(out.name)
     require_free(out)
-    recipe = public_recipe(view.trial(number).recipe, models)
-    require_space(out, checkpoint_bytes(recipe, models))
+    scored = view.trial(number).recipe
+    recipe = public_recipe(replace(scored, dtype=options.dtype or scored.dtype), models)
+    tokenizer = tokenizer_source(models, options.tokenizer)
+    licence = combined_licence(
+        {one.name: stated_licence(one) for one in (models.base, *models.experts)}
+    )
+    require_space(out, _needed_bytes(recipe, models, options))
+    adapter: Adapter | None = None
     with atomic_directory(out) as temporary:
-        write_checkpoint(recipe, models, temporary, max_shard_bytes)
-        copy_companions(models.base, temporary)
-        mergekit = mergekit_config(recipe, models.layout, _sources(recipe))
-        files = _documents(view, number, recipe, mergekit, scoring, shown)
-        for name, text in files.items():
+        if options.lora is not None:
+            kept = write_lora(recipe, models, options.lora, temporary)
+            evaluation, reason = rescore(temporary) if rescore else (None, "no study at hand")
+            adapter = Adapter(kept, evaluation, reason)
+            copy_companions(models.base, temporary, tokenizer.directory)
+        elif not options.recipe_only:
+            write_checkpoint(recipe, models, temporary, options.max_shard_bytes)
+            copy_companions(models.base, temporary, tokenizer.directory)
+        written = Written(
+            recipe=recipe,
+            scored=scored,
+            mergekit=mergekit_config(recipe, models.layout, _sources(recipe)),
+            shown=shown,
+            licence=licence,
+            tokenizer="" if options.recipe_only else tokenizer.note,
+            weights=not options.recipe_only,
+            adapter=adapter,
+        )
+        for name, text in documents(view, number, scoring, written).items():
             (temporary / name).write_text(text, encoding="utf-8")
-        verify_checkpoint(temporary, models, recipe)
-    split = _best_split(view, number)
-    written = sorted(path for path in out.iterdir())
+        if written.weights and adapter is None:
+            verify_checkpoint(temporary, models, recipe)
+        write_sums(temporary)
+    split = best_split(view, number)
+    commands, notes = reproduction(view, number, scoring, replace(written, shown=out))
+    files = sorted(path for path in out.iterdir())
     return Exported(
         out=out,
         trial=number,
-        files=tuple(path.name for path in written),
-        bytes=sum(path.stat().st_size for path in written),
-        mergekit=mergekit.text is not None,
-        mergekit_reason=mergekit.reason,
-        commands=tuple(_commands(view, recipe, scoring, split, out)),
-        notes=tuple(_notes(view, scoring, split)),
-        expected=_values(view, number, split),
+        files=tuple(path.name for path in files),
+        bytes=sum(path.stat().st_size for path in files),
+        mergekit=written.mergekit.text is not None,
+        mergekit_reason=written.mergekit.reason,
+        commands=tuple(commands),
+        notes=tuple(notes),
+        expected=split_values(view, number, split),
         split=split,
+        adapter=adapter,
     )
+
+
+def _require_one_form(options: ExportOptions) -> None:
+    if options.recipe_only and options.lora is not None:
+        raise InputError("export: --recipe-only writes no weights, --lora does (give one of them)")
+    if options.recipe_only and options.tokenizer is not None:
+        raise InputError("export: --recipe-only writes no tokenizer (leave --tokenizer out)")
+
+
+def _needed_bytes(recipe: Recipe, models: Models, options: ExportOptions) -> int:
+    if options.recipe_only:
+        return 0
+    if options.lora is not None:
+        return lora_bytes(models, options.lora)
+    return checkpoint_bytes(recipe, models)
 
 
 # -- before --------------------------------------------------------------------------------
@@ -163,7 +253,7 @@ def public_sources(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
     shown = []
     for one, path in zip(checkpoints, paths, strict=True):
         if path is None:
-            shown.append(one.source)
+            shown.append(_pinned(one))
             continue
         others = [other.parts for other in paths if other not in (None, path) and other]
         home = Path.home().resolve()
@@ -175,6 +265,17 @@ def public_sources(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
         tail = path.parts[-length:] if length else (one.name, path.name)
         shown.append("./" + "/".join(tail))
     return tuple(shown)
+
+
+def _pinned(checkpoint: Checkpoint) -> str:
+    """Return a hub id at the commit that was read, where the cache's layout tells it.
+
+    A branch or tag may point to other weights when the recipe is repeated.
+    """
+    repo, _, _ = checkpoint.source.partition("@")
+    folder = checkpoint.directory
+    commit = folder.parent.name == "snapshots" and len(folder.name) == 40
+    return f"{repo}@{folder.name}" if commit else checkpoint.source
 
 
 def public_recipe(recipe: Recipe, models: Models) -> Recipe:
@@ -197,164 +298,3 @@ def public_recipe(recipe: Recipe, models: Models) -> Recipe:
 
 def _sources(recipe: Recipe) -> dict[str, str]:
     return {ref.name: ref.source for ref in (recipe.base, *recipe.experts)}
-
-
-# -- writing -------------------------------------------------------------------------------
-
-
-def _documents(
-    view: StudyView,
-    number: int,
-    recipe: Recipe,
-    mergekit: MergekitConfig,
-    scoring: Scoring | None,
-    shown: Path,
-) -> dict[str, str]:
-    """Return recipe, scores, documents to score, mergekit configuration and model card."""
-    split = _best_split(view, number)
-    commands = list(_commands(view, recipe, scoring, split, shown))
-    files = {RECIPE_FILE: recipe.to_json()}
-    if mergekit.text is not None:
-        files[MERGEKIT_FILE] = mergekit.text
-    if scoring is not None:
-        runs = lm_eval_runs(scoring, view.contract["items"][split])
-        for index, run in enumerate(runs):
-            files[_samples_name(index)] = json.dumps(run.samples) + "\n"
-    notes = _notes(view, scoring, split)
-    scores = _scores(view, number, recipe, split, commands, notes)
-    files[SCORES_FILE] = json.dumps(scores, indent=1, allow_nan=False) + "\n"
-    files["README.md"] = model_card(_card(view, number, recipe, mergekit, commands, notes, shown))
-    return files
-
-
-def _samples_name(index: int) -> str:
-    return f"evomerge_samples{f'_{index + 1}' if index else ''}.json"
-
-
-def _commands(
-    view: StudyView, recipe: Recipe, scoring: Scoring | None, split: Split, shown: Path
-) -> list[str]:
-    if scoring is None:
-        return []
-    runs = lm_eval_runs(scoring, view.contract["items"][split])
-    return [
-        lm_eval_command(scoring, run, str(shown), recipe.dtype, str(shown / _samples_name(index)))
-        for index, run in enumerate(runs)
-    ]
-
-
-def _notes(view: StudyView, scoring: Scoring | None, split: Split) -> list[str]:
-    if scoring is None:
-        return []
-    return lm_eval_notes(scoring, lm_eval_runs(scoring, view.contract["items"][split]))
-
-
-def _evaluation(view: StudyView, number: int, split: Split) -> Evaluation | None:
-    if split == "search":
-        return view.trial(number).evaluation
-    return (view.validation if split == "validation" else view.test).get(number)
-
-
-def _best_split(view: StudyView, number: int) -> Split:
-    """Return the most independent split that the trial was scored on."""
-    return next((s for s in reversed(SPLITS) if _evaluation(view, number, s)), "search")
-
-
-def _values(view: StudyView, number: int, split: Split) -> dict[str, float]:
-    evaluation = _evaluation(view, number, split)
-    if evaluation is None:
-        return {}
-    pairs = zip(view.objectives, evaluation.values, strict=True)
-    return {objective.name: value for objective, value in pairs}
-
-
-def _scores(
-    view: StudyView,
-    number: int,
-    recipe: Recipe,
-    split: Split,
-    commands: list[str],
-    notes: list[str],
-) -> dict[str, Any]:
-    objectives: dict[str, Any] = {}
-    for index, objective in enumerate(view.objectives):
-        entry: dict[str, Any] = {"direction": objective.direction.value, "unit": objective.unit}
-        for name in SPLITS:
-            evaluation = _evaluation(view, number, name)
-            if evaluation is not None:
-                score = evaluation.scores[index]
-                entry[name] = {
-                    "value": score.value,
-                    "standard_error": score.standard_error,
-                    "n": len(score.items),
-                }
-        objectives[objective.name] = entry
-    names = [objective.name for objective in view.objectives]
-    return {
-        "schema": 1,
-        "evomerge": __version__,
-        "study": study_name(view),
-        "trial": number,
-        "label": view.trial(number).label,
-        "on_front": number in view.front,
-        "recipe": recipe.digest,
-        "objectives": objectives,
-        "reproduce": {
-            "split": split,
-            "expected": _values(view, number, split),
-            "items": dict(zip(names, view.contract["items"][split], strict=True)),
-            "run_from": "the folder of the study file",
-            "commands": commands,
-            "notes": notes,
-            "versions": view.contract["identity"].get("versions", {}),
-        },
-    }
-
-
-def _card(
-    view: StudyView,
-    number: int,
-    recipe: Recipe,
-    mergekit: MergekitConfig,
-    commands: list[str],
-    notes: list[str],
-    shown: Path,
-) -> CardFacts:
-    data = front_data(view)
-    split = _best_split(view, number)
-    rivals = [
-        (point_name(point, data), evaluation)
-        for point in table_points(data)
-        if point.label and point.number != number
-        if (evaluation := _evaluation(view, point.number, split)) is not None
-    ]
-    scores: dict[str, Evaluation] = {
-        name: evaluation
-        for name in SPLITS
-        if (evaluation := _evaluation(view, number, name)) is not None
-    }
-    place = f"It is trial {number} of the study “{study_name(view)}”"
-    trial = view.trial(number)
-    if trial.kind == "baseline":
-        place += f", its baseline “{trial.label}”, which the search did not make"
-    if number == view.knee:
-        place += f", the recommended one of {len(view.front)} on its Pareto front."
-    elif number in view.front:
-        place += f", one of {len(view.front)} on its Pareto front."
-    else:
-        place += "; it is not on its Pareto front."
-    return CardFacts(
-        title=shown.name,
-        recipe=recipe,
-        sources=_sources(recipe),
-        objectives=view.objectives,
-        scores=scores,
-        rivals=rivals,
-        rival_split=split,
-        place=place,
-        mergekit=mergekit.text or "",
-        mergekit_reason=mergekit.reason,
-        commands=commands,
-        notes=notes,
-        version=__version__,
-    )

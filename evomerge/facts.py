@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge.comparison import Difference, paired_difference
 from evomerge.economy import economy_facts, economy_lines
 from evomerge.export import Exported
+from evomerge.feasibility import bounds
+from evomerge.gain import front_rows, gains, trial_name
 from evomerge.prepare import Prepared
 from evomerge.savings import savings_facts, savings_lines
 from evomerge.study_view import StudyView
@@ -33,6 +32,7 @@ def plan_facts(prepared: Prepared) -> dict[str, Any]:
         "objectives": {
             objective.name: {
                 "direction": str(objective.direction),
+                **bounds(objective),
                 "search": len(split.search),
                 "validation": len(split.validation),
                 "test": len(split.test),
@@ -50,6 +50,7 @@ def plan_facts(prepared: Prepared) -> dict[str, Any]:
             **({"auto": prepared.choice} if prepared.choice else {}),
             "trials": prepared.trials,
             **economy_facts(file),
+            **({"estimator_choice": prepared.estimate} if prepared.estimate else {}),
             "baselines": len(prepared.baselines),
             "parallel": prepared.parallel,
             "seed": file.seed,
@@ -70,7 +71,7 @@ def plan_lines(prepared: Prepared) -> dict[str, Any]:
     """Return what a study would do, for people."""
     file, space = prepared.file, prepared.space
     splits = [
-        f"{objective.name} ({objective.direction}): {len(split.search)} search, "
+        f"{_wanted(objective)}: {len(split.search)} search, "
         f"{len(split.validation)} validation, {len(split.test)} test items"
         for objective, split in zip(prepared.tasks.objectives, prepared.splits, strict=True)
     ]
@@ -98,14 +99,22 @@ def plan_lines(prepared: Prepared) -> dict[str, Any]:
             f"{file.search.searcher}: {prepared.trials} trials after "
             f"{len(prepared.baselines)} baselines, {prepared.parallel} at a time, "
             f"seed {file.seed}"
+            + (", told in order of completion" if file.search.order == "completion" else "")
             + (", on the weighted mean of the objectives" if prepared.scalarise else "")
             + "".join(f", {line}" for line in economy_lines(file))
         ),
         **({"searcher": prepared.choice} if prepared.choice else {}),
+        **({"estimator": prepared.estimate} if prepared.estimate else {}),
         "workers": workers,
         "memory": prepared.memory.lines(),
         "warnings": list(prepared.warnings),
     }
+
+
+def _wanted(objective: Objective) -> str:
+    """Return an objective with its direction and bounds, e.g. ``math (maximize, min 0.6)``."""
+    limits = "".join(f", {key} {value:g}" for key, value in bounds(objective).items())
+    return f"{objective.name} ({objective.direction}{limits})"
 
 
 def status_facts(view: StudyView) -> dict[str, Any]:
@@ -127,6 +136,8 @@ def status_facts(view: StudyView) -> dict[str, Any]:
             for column, objective in enumerate(view.objectives)
         }
     facts |= savings_facts(view)
+    if estimator := view.contract["identity"].get("estimator"):
+        facts["estimator_choice"] = estimator
     if view.searcher:
         facts["searcher"] = dict(view.searcher)
     if view.message:
@@ -145,8 +156,13 @@ def _best_facts(view: StudyView, column: int) -> dict[str, Any]:
 
 def status_lines(facts: dict[str, Any]) -> dict[str, Any]:
     """Return the facts of ``status_facts`` for people."""
-    nested = {"best", "searcher", "items", "stopped_early", "estimator", "violation"}
+    nested = {"best", "searcher", "items", "stopped_early", "violation"}
+    nested |= {"estimator", "estimator_choice", "message"}
     lines = {key: value for key, value in facts.items() if key not in nested}
+    if "message" in facts:
+        lines["message"] = facts["message"].splitlines()
+    if "estimator_choice" in facts:
+        lines["estimator"] = facts["estimator_choice"]
     if "hypervolume" in facts:
         lines["hypervolume"] = f"{facts['hypervolume']:.4f} (search items)"
     for name, best in facts.get("best", {}).items():
@@ -154,105 +170,6 @@ def status_lines(facts: dict[str, Any]) -> dict[str, Any]:
             f"{best['value']:.4f} (trial {best['trial']}, {best['items']} items)"
         )
     return {**lines, **savings_lines(facts), **facts.get("searcher", {})}
-
-
-def front_rows(
-    view: StudyView, scores: Mapping[int, Evaluation | None] | None = None
-) -> list[Trial]:
-    """Return the front, best mean first, then base, experts, uniform and the best grid point.
-
-    Args:
-        view: the study.
-        scores: evaluations whose means order the front; those that decided it where absent.
-    """
-    front = [view.trial(number) for number in view.front]
-    shown = [t for t in view.baselines if not t.label.startswith("task_arithmetic:")]
-    best = best_task_arithmetic(view)
-    shown += [best] if best is not None else []
-    deciding = {number: view.scores(number) for number in view.front}
-    front.sort(key=lambda trial: -_mean(view, {**deciding, **(scores or {})}[trial.number]))
-    return front + [trial for trial in shown if trial.number not in view.front]
-
-
-def best_task_arithmetic(view: StudyView) -> Trial | None:
-    """Return the best single-coefficient merge, chosen on validation items, never on test."""
-    grid = [
-        trial
-        for trial in view.baselines
-        if trial.label.startswith("task_arithmetic:") and view.scores(trial.number) is not None
-    ]
-    return max(grid, key=lambda trial: mean_score(view, trial.number), default=None)
-
-
-def mean_score(view: StudyView, number: int) -> float:
-    """Return the weighted mean over the objectives on the deciding split; larger is better."""
-    return _mean(view, view.scores(number))
-
-
-def _mean(view: StudyView, evaluation: Evaluation | None) -> float:
-    if evaluation is None:
-        return float("-inf")
-    pairs = list(zip(view.objectives, evaluation.values, strict=True))
-    return -sum(o.weight * o.loss(v) for o, v in pairs) / sum(o.weight for o, _ in pairs)
-
-
-def trial_name(trial: Trial) -> str:
-    """Return what a reader calls the trial."""
-    return trial.label or f"trial {trial.number}"
-
-
-@dataclass(frozen=True, slots=True)
-class Gain:
-    """What the recommended merge gains over a baseline.
-
-    Attributes:
-        against: name of the baseline.
-        objective: name of the objective, empty for the mean of all.
-        difference: positive where the recommended merge is better.
-    """
-
-    against: str
-    objective: str
-    difference: Difference
-
-
-def one_unit(objectives: Sequence[Objective]) -> bool:
-    """Return whether gains in the objectives can be averaged."""
-    return len({objective.unit for objective in objectives}) == 1
-
-
-def gains(view: StudyView) -> list[Gain]:
-    """Return what the recommended merge gains over each baseline shown, paired, on test items.
-
-    In the mean of the objectives where they have one unit, else in each of them.
-    """
-    if view.knee is None or view.knee not in view.test:
-        return []
-    ours = view.test[view.knee]
-    rivals = [
-        trial
-        for trial in front_rows(view)
-        if trial.kind == "baseline" and trial.number != view.knee and trial.number in view.test
-    ]
-    columns = range(len(view.objectives))
-    groups = [list(columns)] if one_unit(view.objectives) else [[column] for column in columns]
-    return [
-        Gain(
-            trial_name(trial),
-            view.objectives[group[0]].name if len(groups) > 1 else "",
-            paired_difference(
-                [view.objectives[column] for column in group],
-                _columns(ours, group),
-                _columns(view.test[trial.number], group),
-            ),
-        )
-        for trial in rivals
-        for group in groups
-    ]
-
-
-def _columns(evaluation: Evaluation, columns: Sequence[int]) -> Evaluation:
-    return Evaluation(tuple(evaluation.scores[column] for column in columns), {})
 
 
 def front_facts(view: StudyView) -> dict[str, Any]:
@@ -272,7 +189,7 @@ def front_facts(view: StudyView) -> dict[str, Any]:
                 **({"objective": gain.objective} if gain.objective else {}),
                 "mean": gain.difference.value,
                 "standard_error": gain.difference.standard_error,
-                "clear": gain.difference.clear,
+                "clear": gain.difference.clear if gain.difference.comparable else None,
             }
             for gain in gains(view)
         ],
@@ -328,6 +245,7 @@ def export_facts(exported: Exported, root: Path | None) -> dict[str, Any]:
         "scores": dict(exported.expected),
         "repeat": [place + command for command in exported.commands],
         "notes": list(exported.notes),
+        **({"adapter": exported.adapter.kept.facts()} if exported.adapter is not None else {}),
     }
 
 
@@ -342,4 +260,6 @@ def export_lines(facts: dict[str, Any]) -> dict[str, Any]:
         lines["mergekit"] = f"none: {facts['mergekit_reason']}"
     if scores:
         lines["scores"] = f"{scores} ({facts['items']} items)"
+    if "hub" in facts:
+        lines["hub"] = facts["hub"]
     return {**lines, "repeat": facts["repeat"], "notes": facts["notes"]}

@@ -13,6 +13,25 @@ from evomerge.pareto import nondominated
 from evomerge.trial import Objective
 
 
+def bounds(objective: Objective) -> dict[str, float]:
+    """Return the bounds of an objective, ``min`` and ``max``; those that it has."""
+    pairs = {"min": objective.minimum, "max": objective.maximum}
+    return {key: bound for key, bound in pairs.items() if bound is not None}
+
+
+def keeps_bounds(objective: Objective, value: float) -> bool:
+    """Return whether a value is inside the bounds of its objective."""
+    return violation((objective,), (value,)) == 0
+
+
+def bounds_note(objectives: Sequence[Objective]) -> str:
+    """Return the bounds of all objectives as the meaning of a mark, e.g. for a caption."""
+    limits = ", ".join(
+        f"{one.name} {key} {bound:g}" for one in objectives for key, bound in bounds(one).items()
+    )
+    return f"outside its bounds ({limits})"
+
+
 def constrained(objectives: Sequence[Objective]) -> bool:
     """Return whether any objective has a bound."""
     return any(one.minimum is not None or one.maximum is not None for one in objectives)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
 
+from evomerge.feasibility import bounds
 from evomerge.recipe import Recipe
 from evomerge.trial import Direction, Objective
 
@@ -111,11 +112,12 @@ def _page(data: FrontData) -> dict[str, object]:
                 "name": objective.name,
                 "unit": "" if objective.unit == "fraction" else objective.unit,
                 "maximize": objective.direction is Direction.MAXIMIZE,
+                **bounds(objective),
             }
             for objective in data.objectives
         ],
         "columns": list(columns),
-        "blocks": [group[0] for group in _groups(data.blocks)],
+        "blocks": [group[0] for group in block_groups(data.blocks)],
         "block_count": len(data.blocks),
         "knee": data.knee,
         "command": data.command,
@@ -127,7 +129,7 @@ def _most_common(columns: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     return max(columns, key=columns.count) if columns else ()
 
 
-def _groups(rows: Sequence[str]) -> list[Sequence[str]]:
+def block_groups(rows: Sequence[str]) -> list[Sequence[str]]:
     """Divide block labels [B] into at most ``MAX_BLOCKS`` neighbouring groups."""
     size = -(-len(rows) // MAX_BLOCKS) or 1
     return [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -148,12 +150,12 @@ def _point(point: FrontPoint, data: FrontData, columns: tuple[str, ...]) -> dict
         entry["summary"] = summary(point.recipe)
         table = point.recipe.table
         if point.recipe.columns == columns and len(table) in (1, len(data.blocks)):
-            entry["w"] = _averaged(table)
+            entry["w"] = averaged_rows(table)
     return entry
 
 
-def _averaged(table: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Average the rows of a table [B, C] in the groups of ``_groups``; three decimals."""
+def averaged_rows(table: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Average the rows of a table [B, C] in the groups of ``block_groups``; three decimals."""
     size = -(-len(table) // MAX_BLOCKS) or 1
     groups = [table[start : start + size] for start in range(0, len(table), size)]
     return [

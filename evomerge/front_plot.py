@@ -26,17 +26,36 @@ def save_front(data: FrontData, path: Path) -> None:
         data: the front.
         path: ``.png`` or ``.svg``.
     """
+    _figure(data).savefig(path)
+
+
+def front_picture(data: FrontData) -> Any:
+    """Return the same as an array of pixels [height, width, 3], bytes."""
+    import numpy as np
+
+    figure = _figure(data)
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[:, :, :3].copy()
+
+
+def _figure(data: FrontData) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)  # without pyplot: no global state, no window
     axes = figure.add_subplot()
-    # Dots first: they settle the limits by which labels choose their side.
-    for point in sorted(data.points, key=lambda point: point.kind != "search" or point.front):
-        if point.shown is not None:
-            _draw(axes, data, point)
     single = len(data.objectives) == 1
+    # Dots first: they settle the limits by which labels choose their side. All in one call: there
+    # may be thousands.
+    dots = [point for point in data.points if point.kind == "search" and not point.front]
+    places = [_place(point, single) for point in dots if point.shown is not None]
+    if places:
+        xs, ys = zip(*places, strict=True)
+        axes.scatter(xs, ys, s=9, c="#8c959f", alpha=0.6, linewidths=0, zorder=1)
+    for point in data.points:
+        if point.shown is not None and (point.kind != "search" or point.front):
+            _draw(axes, data, point)
     axes.set_xlabel("trial" if single else _axis(data, 0))
     axes.set_ylabel(_axis(data, 0 if single else 1))
     if not single and data.objectives[0].direction is Direction.MINIMIZE:
@@ -45,7 +64,14 @@ def save_front(data: FrontData, path: Path) -> None:
         axes.invert_yaxis()
     axes.grid(alpha=0.25)
     axes.set_title(data.title)
-    figure.savefig(path)
+    return figure
+
+
+def _place(point: FrontPoint, single: bool) -> tuple[float, float]:
+    """Return where a point is drawn: by two objectives, or by trial and objective."""
+    assert point.shown is not None
+    values = point.shown.values
+    return (float(point.number), values[0]) if single else (values[0], values[1])
 
 
 def _axis(data: FrontData, index: int) -> str:
@@ -58,11 +84,7 @@ def _draw(axes: Any, data: FrontData, point: FrontPoint) -> None:
     measured = point.shown
     assert measured is not None
     single = len(data.objectives) == 1
-    x = float(point.number) if single else measured.values[0]
-    y = measured.values[0 if single else 1]
-    if point.kind == "search" and not point.front:
-        axes.scatter([x], [y], s=9, c="#8c959f", alpha=0.6, linewidths=0, zorder=1)
-        return
+    x, y = _place(point, single)
     if point.kind == "search":
         colour = _FRONT
         marker, size = ("*", 230.0) if point.number == data.knee else ("o", 48.0)

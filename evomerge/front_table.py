@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterator
 
+from evomerge.feasibility import bounds_note, keeps_bounds
 from evomerge.front_page import FrontData, FrontPoint, Measured, summary
 
 
@@ -75,8 +76,10 @@ def front_markdown(data: FrontData) -> str:
         measured = point.test if tested else point.shown
         cells = (
             [
-                f"{value:.3f} ± {error:.3f}"
-                for value, error in zip(measured.values, measured.standard_errors, strict=True)
+                f"{value:.3f} ± {error:.3f}{'' if keeps_bounds(objective, value) else ' !'}"
+                for objective, value, error in zip(
+                    data.objectives, measured.values, measured.standard_errors, strict=True
+                )
             ]
             if measured is not None
             else ["–"] * len(data.objectives)
@@ -87,4 +90,6 @@ def front_markdown(data: FrontData) -> str:
     split = "held-out test items" if tested else "validation or search items"
     lines.append("")
     lines.append(f"Scores on {split}, ± one standard error; the front is in bold.")
+    if any(" ! |" in line for line in lines):
+        lines.append(f"! {bounds_note(data.objectives)}.")
     return "\n".join(lines) + "\n"

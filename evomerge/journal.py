@@ -1,8 +1,9 @@
 """The journal of a study: append-only, checksummed JSON lines with one writer.
 
 One record is one line: the JSON body, a TAB, 16 hexadecimal digits of BLAKE2b-64 over the body,
-a newline. A body starts with ``seq`` (0, 1, 2, ...), ``ev`` (the event) and ``t`` (unix seconds,
-for display only). Numbers that must survive exactly are written by ``hexes``.
+a newline. A body starts with ``seq`` (0, 1, 2, ...), ``ev`` (the event), ``t`` (unix seconds, for
+display only) and ``epoch`` (which driver wrote it, see ``evomerge.driver_lock``). Numbers that must
+survive exactly are written by ``hexes``.
 
 The file is the only truth of a study: a record is on disk before anything acts on it.
 """
@@ -11,27 +12,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
-import socket
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Protocol, Self
 
-from evomerge.errors import LockedError, StorageError
+from evomerge.driver_lock import LOCK, DriverLock, is_locked
+from evomerge.errors import StorageError
+
+__all__ = [
+    "JOURNAL", "LOCK", "DamagedError", "Journal", "Record", "Recorder", "Scan", "decode", "encode",
+    "hexes", "is_locked", "read", "scan", "unhexes",
+]  # fmt: skip
 
 JOURNAL = "journal.jsonl"
-LOCK = ".lock"
-
-#: How long a driver waits for the lock: readers hold it shared for an instant to see whether
-#: somebody is at work, and must not make a starting driver give up.
-LOCK_SECONDS = 1.0
 
 Record = dict[str, Any]
 
@@ -60,7 +59,7 @@ def _checksum(body: bytes) -> bytes:
     return blake2b(body, digest_size=8).hexdigest().encode()
 
 
-def _decode(line: bytes) -> Record | None:
+def decode(line: bytes) -> Record | None:
     """Return the record of a line without its newline, None when the checksum is wrong."""
     body, _, checksum = line.rpartition(b"\t")
     if _checksum(body) != checksum:
@@ -77,11 +76,41 @@ class Scan:
         records: all intact records.
         good_bytes: length of the intact prefix.
         torn_bytes: length of what a killed writer left behind it.
+        offsets: where each record begins.
+        late: whole lines of drivers that had been overtaken; they are no records.
     """
 
     records: tuple[Record, ...]
     good_bytes: int
     torn_bytes: int
+    offsets: tuple[int, ...]
+    late: int = 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the last driver that wrote; 0 before the first."""
+        return int(self.records[-1].get("epoch", 0)) if self.records else 0
+
+
+class DamagedError(StorageError):
+    """A journal holds what no kill can leave.
+
+    Attributes:
+        before: what is intact before the damage; what follows it counts as torn.
+    """
+
+    def __init__(self, message: str, before: Scan) -> None:
+        super().__init__(message)
+        self.before = before
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.before)
+
+
+#: What to do about a damaged journal.
+REMEDY = (
+    "restore the file from a backup, or keep the records before it: evomerge replay STUDY --repair"
+)
 
 
 def scan(data: bytes, source: str) -> Scan:
@@ -91,28 +120,46 @@ def scan(data: bytes, source: str) -> Scan:
     acted on it yet. A bad line before others cannot come from a kill.
 
     Raises:
-        StorageError: a bad line elsewhere, or a gap in the numbering; names the byte offset.
+        DamagedError: a bad line elsewhere, or a gap in the numbering; names the byte offset.
     """
     records: list[Record] = []
-    offset = 0
+    offsets: list[int] = []
+    offset = late = epoch = 0
+
+    def found() -> Scan:
+        return Scan(tuple(records), offset, len(data) - offset, tuple(offsets), late)
+
     while offset < len(data):
         end = data.find(b"\n", offset)
-        record = _decode(data[offset:end]) if end >= 0 else None
+        record = decode(data[offset:end]) if end >= 0 else None
         if record is None:
             if end < 0 or end + 1 == len(data):
                 break
-            raise StorageError(
+            text = (
                 f"{source}: record {len(records)} at byte {offset} is damaged (its checksum does "
-                "not match); restore the file from a backup, or start a new study"
+                f"not match); {REMEDY}"
             )
-        if record.get("seq") != len(records):
-            raise StorageError(
+            raise DamagedError(text, found())
+        written = record.get("epoch", epoch)  # older journals have none
+        if written > epoch:
+            # A new driver numbers on from what it found; what came in between was late.
+            kept = min(int(record.get("seq", 0)), len(records))
+            late += len(records) - kept
+            del records[kept:], offsets[kept:]
+        if written < epoch:
+            late += 1
+        elif record.get("seq") != len(records):
+            text = (
                 f"{source}: expected record {len(records)} at byte {offset}, found "
-                f"{record.get('seq')}; lines were removed or inserted: restore the file"
+                f"{record.get('seq')}; lines were removed or inserted: {REMEDY}"
             )
-        records.append(record)
+            raise DamagedError(text, found())
+        else:
+            records.append(record)
+            offsets.append(offset)
+            epoch = written
         offset = end + 1
-    return Scan(tuple(records), offset, len(data) - offset)
+    return found()
 
 
 def read(directory: Path) -> Scan:
@@ -133,19 +180,12 @@ def read(directory: Path) -> Scan:
     return scan(data, str(path))
 
 
-def is_locked(directory: Path) -> bool:
-    """Return whether a driver is at work on this study now (on this machine)."""
-    try:
-        handle = os.open(directory / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
+class Recorder(Protocol):
+    """Where a study writes its records: a journal, or what stands for one."""
+
+    def append(self, event: str, **fields: Any) -> Record:
+        """Write one record and return it once it is on disk."""
+        ...
 
 
 class Journal:
@@ -154,6 +194,7 @@ class Journal:
     Attributes:
         records: what the file held when it was opened, torn tail removed.
         torn_bytes: how much was removed.
+        epoch: of this driver; larger than that of every record in the file.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -165,12 +206,14 @@ class Journal:
         """
         self._path = directory / JOURNAL
         self._file = -1
-        self._lock = -1
+        self._lock: DriverLock | None = None
         try:
             _make_directory(directory)
-            self._lock = _take_lock(directory)
+            self._lock = DriverLock(directory)
             self._file = _open_file(directory)
-            found = scan(_read_all(self._file), str(self._path))
+            found = scan(_read_from(self._file, 0), str(self._path))
+            self._lock.outrank(found.epoch)
+            self.epoch = self._lock.epoch
             self.records = found.records
             self.torn_bytes = found.torn_bytes
             self._end = found.good_bytes
@@ -191,25 +234,56 @@ class Journal:
         """Write one record and return it once it is on disk.
 
         Raises:
-            StorageError: it could not be written whole; the file ends where it did before.
+            LockedError: another driver has taken over; nothing was written.
+            StorageError: it could not be written whole; the file ends where it did before. Or the
+                file is not the one that was opened.
         """
-        if self._file < 0:
+        if self._file < 0 or self._lock is None:
             raise StorageError(f"{self._path}: the journal is closed")
-        record = {"seq": self._seq, "ev": event, "t": round(time.time(), 3), **fields}
+        record = {
+            "seq": self._seq, "ev": event, "t": round(time.time(), 3), "epoch": self.epoch, **fields
+        }  # fmt: skip
         line = encode(record)
         try:
-            if os.fstat(self._file).st_size != self._end:
-                # A second signal cut the last append short.
-                os.ftruncate(self._file, self._end)
+            self._lock.require()
+            self._mend()
             _write_all(self._file, line)
             os.fsync(self._file)
+            # Not the old end plus the line: an overtaken driver may have written in between.
+            end = os.lseek(self._file, 0, os.SEEK_CUR)
         except OSError as error:
             self._roll_back(error)
-        self._end += len(line)
+        self._end = end
         self._seq += 1
         return record
 
-    def _roll_back(self, error: OSError) -> None:
+    def _mend(self) -> None:
+        """Bring the end of the file to where the next record belongs.
+
+        A second signal may have cut the last append short, and a driver that was overtaken in
+        the middle of an append may have ended it.
+        """
+        there = os.fstat(self._file)
+        same = os.path.samestat(self._path.lstat(), there)
+        if not same or there.st_size < self._end:
+            raise StorageError(
+                f"{self._path}: the file was replaced or shortened while the study was running; "
+                "run it again to continue from what it holds now"
+            )
+        if there.st_size == self._end:
+            return
+        tail = _read_from(self._file, self._end)
+        whole = 0
+        while (end := tail.find(b"\n", whole)) >= 0:
+            record = decode(tail[whole:end])
+            if record is None or record.get("epoch", 0) >= self.epoch:
+                break
+            whole = end + 1
+        self._end += whole
+        if whole < len(tail):
+            os.ftruncate(self._file, self._end)
+
+    def _roll_back(self, error: OSError) -> NoReturn:
         # When even this fails, the next start sees a torn tail and removes it.
         with contextlib.suppress(OSError):
             os.ftruncate(self._file, self._end)
@@ -224,10 +298,11 @@ class Journal:
 
     def close(self) -> None:
         """Release the lock; idempotent."""
-        for handle in (self._file, self._lock):
-            if handle >= 0:
-                os.close(handle)
-        self._file = self._lock = -1
+        if self._file >= 0:
+            os.close(self._file)
+        if self._lock is not None:
+            self._lock.close()
+        self._file, self._lock = -1, None
 
     def __enter__(self) -> Self:
         return self
@@ -267,10 +342,10 @@ def _open_file(directory: Path) -> int:
     return handle
 
 
-def _read_all(handle: int) -> bytes:
+def _read_from(handle: int, offset: int) -> bytes:
+    """Return everything from ``offset`` to the end of the file."""
     size = os.fstat(handle).st_size
     parts = []
-    offset = 0
     while offset < size:
         part = os.pread(handle, size - offset, offset)
         if not part:
@@ -288,39 +363,3 @@ def _write_all(handle: int, data: bytes) -> None:
         if written == 0:
             raise OSError(errno.EIO, "write returned 0 bytes")
         left = left[written:]
-
-
-def _take_lock(directory: Path) -> int:
-    path = directory / LOCK
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(0.05)
-                continue
-            holder = _holder(handle)
-            os.close(handle)
-            raise LockedError(
-                f"{directory}: another driver works on this study ({holder}); wait for it, stop "
-                "it, or give another study directory"
-            ) from None
-        except BaseException:
-            os.close(handle)
-            raise
-        break
-    since = datetime.now(UTC).isoformat(timespec="seconds")
-    owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, owner.encode(), 0)
-    return handle
-
-
-def _holder(handle: int) -> str:
-    try:
-        owner = json.loads(os.pread(handle, 4096, 0))
-        return f"pid {owner['pid']} on {owner['host']} since {owner['since']}"
-    except (ValueError, KeyError, TypeError):
-        return "its lock file does not name it"

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 
 from evomerge.config import StudyFile
 from evomerge.economy import economy
-from evomerge.errors import InputError, StorageError
+from evomerge.errors import InputError, NothingUsableError, StorageError
 from evomerge.fitness.aggregate import MeanEstimator
 from evomerge.journal import JOURNAL as JOURNAL_FILE
 from evomerge.merge.masses import MASSES_FILE, store_masses
 from evomerge.pool import Pool
 from evomerge.prepare import Prepared
 from evomerge.presentation import STUDY_FILE, project
+from evomerge.spool import SPOOL, Spool, SpoolingFactory
 from evomerge.study import Phase, Progress, Study, StudyListener
-from evomerge.study_record import Result, Split
-from evomerge.study_view import StudyView
-from evomerge.tracking import Tracker, sync
+from evomerge.study_record import Result, Split, library_versions
+from evomerge.study_view import StudyState, StudyView
+from evomerge.tracking import Tracker, find, sync
 from evomerge.tracking_target import Synced, Target, anchored_uri, tracking_target
-from evomerge.trial import Trial
+from evomerge.trial import Trial, WorkerFactory
 
 #: How long MLflow may take for what is left: at the end, and when the study is stopped. What it
 #: lacks then is sent by the next run, or by ``evomerge sync``.
@@ -63,15 +67,35 @@ def run(
 
     def make_pool() -> Pool:
         starting()
-        return prepared.make_pool()
+        return prepared.make_pool(partial(_spooling, prepared))
 
     target = _target(prepared.file, prepared.directory, prepared.root)
+    tracking = _Tracking(prepared, target)
+    study = study_of(prepared, make_pool, [*listeners, tracking], lambda: _save_settings(prepared))
+    try:
+        view = study.run()
+    except BaseException:
+        tracking.close(_STOP_SECONDS)
+        raise
+    tracking.close(_END_SECONDS)
+    tracker = tracking.tracker
+    if tracker is None:
+        return Finished(view, target, None, "")
+    return Finished(view, target, tracker.synced, tracker.problem)
+
+
+def study_of(
+    prepared: Prepared,
+    make_pool: Callable[[], Pool],
+    listeners: Sequence[StudyListener] = (),
+    on_open: Callable[[], None] = lambda: None,
+) -> Study:
+    """Return the study of a checked study file, as it is run and replayed."""
     parallel = prepared.parallel
     if (prepared.directory / JOURNAL_FILE).exists() and prepared.file.search.parallel is None:
         # The window is part of the replay contract; the number of workers may have changed.
         parallel = _recorded_parallel(prepared.directory) or parallel
-    tracking = _Tracking(prepared, target)
-    study = Study(
+    return Study(
         prepared.directory,
         identity=prepared.identity(),
         objectives=prepared.tasks.objectives,
@@ -84,24 +108,48 @@ def run(
         budget=prepared.file.search.trials,
         item_budget=prepared.file.search.items,
         estimator=MeanEstimator(prepared.tasks.aggregates),
+        aggregates=prepared.tasks.aggregates,
         **economy(prepared.file, prepared.root, prepared.tasks),
         parallel=parallel,
         seed=prepared.file.seed,
         scalarise=prepared.scalarise,
         finalists=prepared.file.search.finalists,
-        listeners=[*listeners, tracking],
-        on_open=lambda: _save_settings(prepared),
+        listeners=listeners,
+        on_open=on_open,
+        order=prepared.file.search.order,
+        spool=_spool(prepared),
     )
-    try:
-        view = study.run()
-    except BaseException:
-        tracking.close(_STOP_SECONDS)
-        raise
-    tracking.close(_END_SECONDS)
-    tracker = tracking.tracker
-    if tracker is None:
-        return Finished(view, target, None, "")
-    return Finished(view, target, tracker.synced, tracker.problem)
+
+
+def with_recorded_batch(prepared: Prepared, factory: WorkerFactory) -> WorkerFactory:
+    """Return a factory of workers with the batch size that was found when the study began.
+
+    Another one can change the last bits of scores. A study that has found none yet, or was given
+    one, keeps the factory as it is.
+    """
+    from evomerge.worker import ModelWorkerFactory
+
+    found = StudyView.load(prepared.directory).facts.get("batch_tokens", "")
+    given = prepared.file.fitness.batch_tokens is not None
+    if given or not found.isdigit() or not isinstance(factory, ModelWorkerFactory):
+        return factory
+    return replace(factory, batch_tokens=int(found))
+
+
+def _spooling(prepared: Prepared, factory: WorkerFactory) -> WorkerFactory:
+    """Return a factory of workers that keep what they measured until it has arrived."""
+    factory = with_recorded_batch(prepared, factory)
+    spool = _spool(prepared)
+    return factory if spool is None else SpoolingFactory(factory, spool.directory, spool.owner)
+
+
+def _spool(prepared: Prepared) -> Spool | None:
+    """Return where workers of their own processes leave evaluations; None for the serial pool."""
+    if prepared.file.pool.kind == "serial":
+        return None
+    facts = [prepared.identity(), library_versions()]
+    owner = blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return Spool(prepared.directory.resolve() / SPOOL, owner)
 
 
 def _target(file: StudyFile, directory: Path, root: Path) -> Target | None:
@@ -156,6 +204,31 @@ def sync_study(directory: Path) -> Synced:
         InputError: tracking is off in the study, or the study was never run.
         SetupError: MLflow cannot be reached.
     """
+    return sync(project(StudyView.load(directory)), _tracked(directory))
+
+
+def locate_study(view: StudyView) -> tuple[Target, Synced]:
+    """Return where a study is shown in MLflow; one that is not running is brought up to date.
+
+    Raises:
+        InputError: tracking is off in the study.
+        NothingUsableError: it is running and MLflow has nothing of it yet.
+        SetupError: MLflow cannot be reached.
+    """
+    target, projection = _tracked(view.directory), project(view)
+    if view.state is not StudyState.RUNNING:
+        return target, sync(projection, target)
+    # Its own driver writes to MLflow: two writers would make every run twice.
+    synced = find(projection.study, target)
+    if synced is None:
+        raise NothingUsableError(
+            f"{view.directory}: MLflow has nothing of this study yet (it is running: try again "
+            "in a moment)"
+        )
+    return target, synced
+
+
+def _tracked(directory: Path) -> Target:
     from evomerge.config import load
 
     path = directory / STUDY_FILE
@@ -164,7 +237,7 @@ def sync_study(directory: Path) -> Synced:
     target = _target(load(path), directory, directory)
     if target is None:
         raise InputError(f"{path}: tracking.enabled is false")
-    return sync(project(StudyView.load(directory)), target)
+    return target
 
 
 class _Tracking(StudyListener):

@@ -283,6 +283,8 @@ def _block_label(layout: Layout, slot: Slot, kind: str) -> str:
 PARTITIONS: dict[str, str] = {
     "model": "one block for the whole model",
     "layer": "one block per layer; embeddings, final norm and head are blocks of their own",
+    "layers(n)": "one block for n consecutive layers; embeddings with the first, final norm and "
+    "head with the last (mergekit-evolve's layer_granularity)",
     "module": "attention and MLP of each layer; embeddings, final norm and head of their own",
     "tensor": "one block per tensor",
     "chunk(n)": "each block of `layer` cut into n of about equal size, between rows",
@@ -311,7 +313,11 @@ def parse_spec(spec: str) -> tuple[str, tuple[int, ...]]:
             raise InputError(f"partition: {name} takes no number, got {spec!r} (write {name})")
         return name, ()
     words = (inside or "").split(",")
-    example = {"chunk": "chunk(4)", "importance": "importance(64)", "allot": "allot(1,2,2,1)"}[name]
+    examples = {
+        "layers": "layers(4)", "chunk": "chunk(4)", "importance": "importance(64)",
+        "allot": "allot(1,2,2,1)",
+    }  # fmt: skip
+    example = examples[name]
     numbers = []
     for word in words:
         if not re.fullmatch(r"\s*[0-9]{1,9}\s*", word) or int(word) == 0:
@@ -369,14 +375,30 @@ def partition(layout: Layout, spec: str, masses: Mapping[str, float] | None = No
         )
     spec = resolve_partition(spec, layout, lambda: masses or {})
     name, numbers = parse_spec(spec)
-    if name in _WHOLE_SLOTS:
+    if name in (*_WHOLE_SLOTS, "layers"):
+        groups = _layer_groups(layout, numbers[0]) if name == "layers" else None
         labels: dict[str, int] = {}
         spans = []
         for index, slot in enumerate(layout.slots):
-            block = labels.setdefault(_block_label(layout, slot, name), len(labels))
+            label = groups[index] if groups else _block_label(layout, slot, name)
+            block = labels.setdefault(label, len(labels))
             spans.append(Span(index, 0, slot.rows, block))
         return Partition(spec, tuple(labels), tuple(spans))
     return _cut(layout, spec, numbers if name == "allot" else None, numbers[0])
+
+
+def _layer_groups(layout: Layout, size: int) -> list[str]:
+    """Return the block of each slot, ``size`` consecutive layers together."""
+    last = max((slot.layer for slot in layout.slots if slot.layer is not None), default=0)
+
+    def label(slot: Slot) -> str:
+        layer = slot.layer
+        if layer is None:
+            layer = 0 if _group(slot) == 0 else last
+        first = layer // size * size
+        return f"layers.{first}-{min(first + size - 1, last)}"
+
+    return [label(slot) for slot in layout.slots]
 
 
 def _parts(layout: Layout) -> dict[str, list[int]]:

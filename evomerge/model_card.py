@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
+from evomerge.licences import Licence
 from evomerge.recipe import Recipe
 from evomerge.trial import Direction, Evaluation, Objective
 
@@ -30,6 +31,10 @@ class CardFacts:
         commands: lm_eval commands that repeat the scores.
         notes: what else it takes to repeat them.
         version: of evomerge.
+        licence: of the merge, from its sources.
+        metrics: of the first objectives, empty for a task's own [<= m].
+        tasks: of the first objectives [<= m].
+        form: whether the directory holds the merge, an adapter of its base, or its recipe only.
     """
 
     title: str
@@ -45,6 +50,10 @@ class CardFacts:
     commands: Sequence[str]
     notes: Sequence[str]
     version: str
+    licence: Licence
+    metrics: Sequence[str] = ()
+    tasks: Sequence[str] = ()
+    form: Literal["merge", "adapter", "recipe"] = "merge"
 
 
 def hub_ids(sources: Mapping[str, str]) -> list[str]:
@@ -55,30 +64,86 @@ def hub_ids(sources: Mapping[str, str]) -> list[str]:
 
 def model_card(facts: CardFacts) -> str:
     """Return the text of README.md."""
+    what = {
+        "merge": "This is a merge of pre-trained language models",
+        "adapter": "This is a LoRA adapter that turns its base into a merge of language models",
+        "recipe": "This is the recipe of a merge of pre-trained language models, without weights",
+    }
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(facts), sort_keys=False)}---\n",
         f"# {facts.title}\n",
-        f"This is a merge of pre-trained language models, from a study with evomerge "
-        f"{facts.version}. {facts.place}\n",
+        f"{what[facts.form]}, from a study with evomerge {facts.version}. {facts.place}\n",
         _method(facts),
         _scores(facts),
         _configuration(facts),
         _reproduction(facts),
+        f"## Licence\n\n{facts.licence.note}\n",
     ]
     return "\n".join(sections)
 
 
+#: What a split was for, as the card says it.
+_USES = {
+    "search": "the search optimised these",
+    "validation": "the study chose on these",
+    "test": "held out",
+}
+
+
 def _front_matter(facts: CardFacts) -> dict[str, Any]:
     ids = hub_ids(facts.sources)
+    if facts.form == "adapter":  # loads on one model; the others are told in the text
+        ids = hub_ids({"base": facts.sources[facts.recipe.base.name]})
+    relation = "adapter" if facts.form == "adapter" else "merge"
     matter: dict[str, Any] = {}
     if ids:
-        matter |= {"base_model": ids, "base_model_relation": "merge"}
-    matter |= {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["merge", "evomerge"],
-    }
+        matter |= {"base_model": ids, "base_model_relation": relation}
+    matter |= facts.licence.front_matter()
+    if facts.form != "recipe":
+        matter |= {
+            "library_name": "peft" if facts.form == "adapter" else "transformers",
+            "pipeline_tag": "text-generation",
+        }
+    matter["tags"] = ["merge", "evomerge", *(["lora"] if facts.form == "adapter" else [])]
+    if facts.scores and facts.form == "merge":
+        matter["model-index"] = [{"name": facts.title, "results": _results(facts)}]
     return matter
+
+
+def _results(facts: CardFacts) -> list[dict[str, Any]]:
+    """Return the measured scores as the Hub's model-index has them, one result per split and task.
+
+    Objectives of one task are metrics of one result.
+    """
+    results: list[dict[str, Any]] = []
+    for split, evaluation in facts.scores.items():
+        by_task: dict[str, list[dict[str, Any]]] = {}
+        for number, (objective, score) in enumerate(
+            zip(facts.objectives, evaluation.scores, strict=True)
+        ):
+            task = facts.tasks[number] if number < len(facts.tasks) else objective.name
+            metric = facts.metrics[number] if number < len(facts.metrics) else ""
+            by_task.setdefault(task, []).append(
+                {
+                    "type": metric or objective.unit,
+                    "value": score.value,
+                    "name": f"{objective.name} ({objective.direction.value})",
+                    "args": {"items": len(score.items), "standard_error": score.standard_error},
+                }
+            )
+        results += [
+            {
+                "task": {"type": "text-generation"},
+                "dataset": {
+                    "name": f"{task}, {split} items ({_USES[split]})",
+                    "type": task,
+                    "split": split,
+                },
+                "metrics": metrics,
+            }
+            for task, metrics in by_task.items()
+        ]
+    return results
 
 
 def _method(facts: CardFacts) -> str:
@@ -143,10 +208,20 @@ def _configuration(facts: CardFacts) -> str:
 
 def _reproduction(facts: CardFacts) -> str:
     notes = "".join(f"\n{note}\n" for note in facts.notes)
+    again = (
+        "`evomerge merge evomerge_recipe.json --out DIR --models FOLDER` makes the same weights "
+        "again, bit for bit, from the models below FOLDER or on the Hub: each is known by a digest "
+        "of its weights."
+    )
+    if facts.form != "recipe":
+        again += (
+            " `evomerge verify DIR` compares this directory's files with their digests and its "
+            "scores with those above."
+        )
     if not facts.commands:
-        return f"## Reproduce the scores\n{notes}" if notes else ""
+        return f"## Reproduce\n\n{again}\n{notes}"
     commands = "\n".join(facts.commands)
     return (
-        "## Reproduce the scores\n\nFrom the folder of the study file, with this directory's path "
-        f"in the place of the model's:\n\n```sh\n{commands}\n```\n{notes}"
+        f"## Reproduce\n\n{again}\n\nThe scores, from the folder of the study file, with this "
+        f"directory's path in the place of the model's:\n\n```sh\n{commands}\n```\n{notes}"
     )

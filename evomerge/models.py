@@ -242,6 +242,17 @@ def _vocabulary_differences(
     )
 
 
+def vocabulary_difference(base: Path, other: Path, where: str) -> str | None:
+    """Return how the token ids of two directories differ, None where they do not.
+
+    A directory without tokenizer.json is not compared.
+
+    Raises:
+        ModelError: a tokenizer.json is damaged.
+    """
+    return next(iter(_vocabulary_differences(_vocabulary(base, where), other, where)), None)
+
+
 def _vocabulary(directory: Path, where: str) -> dict[str, int] | None:
     """Return token → id, None without tokenizer.json.
 

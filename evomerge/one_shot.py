@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from evomerge.atomic_directory import atomic_directory, require_free, require_space
 from evomerge.checkpoint import is_local, resolve_source
+from evomerge.checksums import write_sums
 from evomerge.errors import InputError, ModelError, RecipeError, suggest
 from evomerge.export import MERGEKIT_FILE, RECIPE_FILE, public_recipe
 from evomerge.merge.writer import (
@@ -22,6 +23,7 @@ from evomerge.merge.writer import (
     write_checkpoint,
 )
 from evomerge.mergekit_yaml import mergekit_config
+from evomerge.model_search import find_models
 from evomerge.models import Models, open_models
 from evomerge.recipe import ModelRef, Recipe
 
@@ -108,6 +110,7 @@ def merge_recipe(
     dtype: str | None = None,
     settings: MergeSettings | None = None,
     progress: Progress | None = None,
+    folders: Sequence[Path] = (),
 ) -> Merged:
     """Write the merge of a recipe file as a checkpoint directory.
 
@@ -118,6 +121,7 @@ def merge_recipe(
         dtype: safetensors name, instead of the recipe's.
         settings: memory, shards, threads.
         progress: called with the bytes written so far, and of all.
+        folders: to look below for models by the digests of their weights, before anywhere else.
 
     Raises:
         InputError: no such file, ``out`` is not free, or a model is missing.
@@ -129,7 +133,7 @@ def merge_recipe(
     recipe = read_recipe(path)
     if dtype is not None:
         recipe = replace(recipe, dtype=dtype)
-    sources = find_sources(recipe, path, overrides)
+    sources = find_sources(recipe, path, {**find_models(recipe, folders), **overrides})
     require_free(out)
     started = time.perf_counter()
     models = open_models(
@@ -155,6 +159,7 @@ def merge_recipe(
         if mergekit.text is not None:
             (temporary / MERGEKIT_FILE).write_text(mergekit.text, encoding="utf-8")
         verify_checkpoint(temporary, models, recipe)
+        write_sums(temporary)
     written = sorted(out.iterdir())
     return Merged(
         out=out,
@@ -218,6 +223,7 @@ def find_sources(recipe: Recipe, path: Path, overrides: Mapping[str, str]) -> di
         source = given if given is not None else _beside(ref, path)
         if source.startswith((".", "/", "~")) and not is_local(source):
             option = "--base DIR" if ref is recipe.base else f"--expert {ref.name}=DIR"
+            option += ", or --models FOLDER to find it by its weights"
             remedy = "" if given is not None else f" (say where it is: {option})"
             problems.append(f"{path}: {ref.name}: no such directory: {source}{remedy}")
         found[ref.name] = source

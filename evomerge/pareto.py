@@ -23,6 +23,10 @@ _TIE = 1e-9
 # order, large enough against float noise.
 _AUGMENTATION = 1e-3
 
+# Reference of hypervolume contributions in normalised losses: at 1 itself the extreme members
+# would contribute nothing (Ishibuchi et al. 2018 discuss the choice).
+_BEHIND = 1.1
+
 
 def nondominated(losses: ArrayLike) -> tuple[int, ...]:
     """Return the rows [<= n] that no other row dominates, ascending.
@@ -43,6 +47,46 @@ def nondominated(losses: ArrayLike) -> tuple[int, ...]:
 
     mask = moocore.is_nondominated(matrix, keep_weakly=True)
     return tuple(np.flatnonzero(mask).tolist())
+
+
+def ranked(losses: ArrayLike) -> tuple[int, ...]:
+    """Return all rows [n] from best to worst: by fronts, and within one the lonely first.
+
+    The sorting of NSGA-II (Deb et al. 2002): rows that nothing dominates come first, then those
+    that only they dominate, and so on. Within a front the order is that of the crowding distance;
+    the best of each objective are the loneliest. Of equals the earlier row comes first.
+
+    Args:
+        losses: [n, m], finite; n may be 0.
+
+    Raises:
+        ValueError: wrong shape, or not finite.
+    """
+    matrix = _matrix(losses)
+    if len(matrix) == 0:
+        return ()
+    if matrix.shape[1] == 1:
+        return tuple(np.argsort(matrix[:, 0], kind="stable").tolist())
+    import moocore
+
+    ranks = moocore.pareto_rank(matrix)  # [n]
+    lonely = np.empty(len(matrix))
+    for rank in np.unique(ranks):
+        rows = np.flatnonzero(ranks == rank)
+        lonely[rows] = _crowding(matrix[rows])
+    return tuple(np.lexsort((np.arange(len(matrix)), -lonely, ranks)).tolist())
+
+
+def _crowding(front: Matrix) -> Vector:
+    """Return the crowding distance of each member of a front [f]; infinite at its ends."""
+    distance = np.zeros(len(front))
+    for column in front.T / 2:  # halved, so that a range of huge losses does not overflow
+        order = np.argsort(column, kind="stable")
+        width = column[order[-1]] - column[order[0]]
+        distance[order[[0, -1]]] = np.inf
+        if width > 0 and len(order) > 2:
+            distance[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / width
+    return distance
 
 
 def hypervolume(losses: ArrayLike, reference: Sequence[float]) -> float:
@@ -112,6 +156,45 @@ def pick(losses: ArrayLike, weights: Sequence[float]) -> int:
     weighted = normal * (importance / importance.sum())  # [f, m]
     value = weighted.max(axis=1) + _AUGMENTATION * normal.sum(axis=1)
     return front[int(np.argmin(value))]
+
+
+def contributions(losses: ArrayLike) -> tuple[tuple[int, ...], Vector]:
+    """Return the rows of the front [f] and the hypervolume that only each of them covers [f].
+
+    In normalised losses, up to a reference a tenth of the front's range behind its worst value
+    in every objective, so that the best members of an objective count too. Equal members share
+    what is theirs: each has the contribution of one of them.
+
+    Args:
+        losses: [n, m], finite, n >= 1.
+
+    Raises:
+        ValueError: no rows, wrong shape, or not finite.
+    """
+    front, normal = _normalised_front(losses)
+    if normal.shape[1] == 1:  # the front is one value
+        return front, np.full(len(front), _BEHIND)
+    members, places = np.unique(normal, axis=0, return_inverse=True)
+    import moocore
+
+    alone = moocore.hv_contributions(members, ref=np.full(members.shape[1], _BEHIND))
+    volumes: Vector = np.asarray(alone, dtype=np.float64)[places.reshape(-1)]
+    return front, volumes
+
+
+def most_volume(losses: ArrayLike) -> int:
+    """Return the row without which the front would lose most hypervolume, see ``contributions``.
+
+    The first of equals, up to float noise.
+
+    Args:
+        losses: [n, m], finite, n >= 1; dominated rows are never chosen.
+
+    Raises:
+        ValueError: no rows, wrong shape, or not finite.
+    """
+    front, volumes = contributions(losses)
+    return front[int(np.flatnonzero(volumes >= volumes.max() - _TIE)[0])]
 
 
 def spread(losses: ArrayLike, k: int) -> tuple[int, ...]:

@@ -144,7 +144,13 @@ def run_job(worker: Worker, job: Job) -> Evaluation | Failure:
         return worker.run(job)
     except Exception as error:
         logger.debug("job %d failed", job.number, exc_info=True)
-        return Failure("error", one_line(error))
+        return Failure("oom" if out_of_memory(error) else "error", one_line(error))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, of the machine or (by torch's name for it) of a device."""
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return isinstance(error, MemoryError) or "OutOfMemoryError" in names
 
 
 def one_line(error: BaseException) -> str:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
+from evomerge.advice import study_warnings
 from evomerge.capacity import MemoryEstimate, capacity_warnings, estimate_memory
 from evomerge.checkpoint import resolve_source
 from evomerge.config import RangeSection, StudyFile
+from evomerge.default_estimator import decide
 from evomerge.direction_grams import direction_grams
 from evomerge.economy import economy, planned_trials, require_enough_items, wants_margins
 from evomerge.errors import (
@@ -45,9 +47,17 @@ from evomerge.search.registry import (
     find_searcher,
     make_searcher,
 )
-from evomerge.search_facts import expected_noise, informed, surrogate_versions
+from evomerge.search_facts import (
+    expected_noise,
+    informed,
+    on_weighted_mean,
+    outstanding,
+    search_size,
+    surrogate_versions,
+)
 from evomerge.space import Range, Space
 from evomerge.starting import start_baseline
+from evomerge.trial import WorkerFactory
 from evomerge.worker import ModelWorkerFactory, load_tokenizer
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -70,6 +80,7 @@ class Prepared:
         memory: what a worker needs, and where its sources would lie on this machine.
         masses: what ``importance(n)`` divided its blocks by, None for other partitions.
         warnings: what a user should know before starting; nothing that prevents it.
+        estimate: what ``fitness.estimator: auto`` took and why; empty where the file says it.
     """
 
     file: StudyFile
@@ -84,11 +95,12 @@ class Prepared:
     memory: MemoryEstimate
     masses: Mapping[str, float] | None
     warnings: tuple[str, ...]
+    estimate: str = ""
 
     @property
     def parallel(self) -> int:
         """Outstanding trials; part of the replay contract."""
-        return self.file.search.parallel or 2 * self.file.pool.workers
+        return outstanding(self.file)
 
     @property
     def trials(self) -> int:
@@ -98,8 +110,7 @@ class Prepared:
     @property
     def scalarise(self) -> bool:
         """Whether the searcher sees one weighted loss instead of all."""
-        many = len(self.tasks.objectives) > 1
-        return many and not find_searcher(self.file.search.searcher).multi_objective
+        return on_weighted_mean(self.file, len(self.splits))
 
     def make_searcher(self, problem: SearchProblem) -> Searcher:
         """Build the searcher of the study file."""
@@ -123,19 +134,17 @@ class Prepared:
         """What ``search.searcher: auto`` takes and why; empty for any other searcher."""
         if self.file.search.searcher != "auto":
             return ""
-        objectives = 1 if self.scalarise else len(self.tasks.objectives)
-        sketch = (self.space.dimension, objectives, self.trials, self.parallel, self.file.seed)
-        return explain(self.informed(SearchProblem(*sketch)))
+        return explain(self.informed(search_size(self.file, self.space, self.splits)))
 
-    def make_pool(self) -> Pool:
-        """Build the pool of the study file."""
+    def make_pool(self, wrap: Callable[[WorkerFactory], WorkerFactory] = lambda one: one) -> Pool:
+        """Build the pool of the study file, of workers that ``wrap`` may change."""
         pool = self.file.pool
         if pool.kind == "serial":
-            return SerialPool(self.factory)
+            return SerialPool(wrap(self.factory))
         from evomerge.ray_pool import RayPool
 
         return RayPool(
-            self.factory,
+            wrap(self.factory),
             workers=pool.workers,
             cpus_per_worker=pool.cpus_per_worker,
             gpus_per_worker=pool.gpus_per_worker,
@@ -159,6 +168,7 @@ class Prepared:
             "batch_size": self.file.fitness.batch_size,
             "batch_tokens": self.file.fitness.batch_tokens,
             "device": self.file.pool.device,
+            **({"estimator": self.estimate} if self.estimate else {}),
         }
 
 
@@ -211,14 +221,15 @@ def prepare(file: StudyFile, path: Path, progress: Progress = lambda done, total
     if isinstance(models, Models):
         base = models.base.directory
         attempt("tokenizer", lambda: load_tokenizer(base))
-    tasks = found.get("tasks")
+    tasks, estimate = found.get("tasks"), ""
     if isinstance(tasks, Composite):
         loaded = tasks
         attempt("splits", lambda: file_splits(file, loaded))
-        attempt("economy", lambda: economy(file, root, loaded))
         drawn = found.get("splits")
         if isinstance(drawn, tuple):
+            file, estimate = decide(file, study_directory(file, root), loaded, drawn)
             attempt("enough", lambda: require_enough_items(file, drawn))
+        attempt("economy", lambda: economy(file, root, loaded))
     if problems:
         if found.get("setup") and len(problems) == 1:
             raise SetupError(problems[0])
@@ -254,10 +265,11 @@ def prepare(file: StudyFile, path: Path, progress: Progress = lambda done, total
         memory=memory,
         masses=masses or None,
         warnings=(
-            *_warnings(file, space),
+            *study_warnings(file, space, splits, search_size(file, space, splits)),
             *averaged,
             *capacity_warnings(file.pool, models, space.dtype),
         ),
+        estimate=estimate,
     )
 
 
@@ -483,16 +495,3 @@ def _factory(file: StudyFile, root: Path, space: Space) -> ModelWorkerFactory:
         batch_tokens=file.fitness.batch_tokens,
         margins=wants_margins(file),
     )
-
-
-def _warnings(file: StudyFile, space: Space) -> list[str]:
-    warnings = []
-    if file.search.trials is not None and file.search.trials < 2 * space.dimension:
-        warnings.append(
-            f"search.trials: {file.search.trials} trials for {space.dimension} coefficients is "
-            "little (use a coarser partition, or more trials)"
-        )
-    pool = file.pool
-    if pool.device == "cuda" and pool.kind == "ray" and pool.gpus_per_worker == 0:
-        warnings.append("pool.gpus_per_worker: 0, so Ray hides the GPUs from the workers")
-    return warnings

@@ -6,17 +6,23 @@ import hashlib
 import json
 import re
 import shlex
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from evomerge.coverage import coverage, coverage_html
 from evomerge.front_page import FrontData, FrontPoint, Kind, Measured
+from evomerge.gain import best_expert, gains, trial_name
 from evomerge.journal import JOURNAL
 from evomerge.projection import Projection, Step, metric_name
+from evomerge.study_record import Split
 from evomerge.study_view import StudyView
 from evomerge.trial import Evaluation, Trial, TrialState
 
 #: The resolved study file, beside the journal; never the name of the user's own file.
 STUDY_FILE = "study.resolved.yaml"
+#: The rate of trials is that of so many last ones.
+_RATE_TRIALS = 20
 _SECRETS = (
     (re.compile(r"(://)[^/\s@]+@"), r"\1"),  # user:password@ in addresses
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_***"),
@@ -57,6 +63,9 @@ def project(view: StudyView) -> Projection:
     """Return what MLflow shows of a study."""
     file = view.directory / STUDY_FILE
     files = {STUDY_FILE: redacted(file.read_text(encoding="utf-8"))} if file.exists() else {}
+    covered = coverage(view)
+    if covered:
+        files["coverage.html"] = coverage_html(study_name(view), covered)
     return Projection(
         study=_identity(view),
         front=front_data(view),
@@ -65,6 +74,10 @@ def project(view: StudyView) -> Projection:
         params=_params(view),
         files=files,
         state=view.state.value,
+        planned=view.counts.budget + len(view.contract["baselines"]),
+        words=tuple(_words(view)),
+        gains=tuple(gains(view)),
+        rivals=_rivals(view),
     )
 
 
@@ -161,6 +174,31 @@ def _params(view: StudyView) -> dict[str, str]:
     return params
 
 
+def _rivals(view: StudyView) -> tuple[str, ...]:
+    expert = best_expert(view)
+    return ("uniform",) if expert is None else (trial_name(expert), "uniform")
+
+
+def _words(view: StudyView) -> Iterator[str]:
+    """Yield what is searched, for what, and what it cost, as sentences in Markdown."""
+    contract, counts = view.contract, view.counts
+    if view.trials:
+        recipe = view.trials[-1].recipe
+        experts = ", ".join(expert.name for expert in recipe.experts)
+        yield (
+            f"Searched: {contract['dimension']} coefficients of `{recipe.method}` in "
+            f"{len(recipe.table)} blocks (`{recipe.partition}`), of the experts {experts}. "
+        )
+    wanted = ", ".join(f"{one.name} ({one.direction.value})" for one in view.objectives)
+    yield f"Objectives: {wanted}. "
+    minutes = (max(view.times.values()) - min(view.times.values())) / 60 if view.times else 0.0
+    yield (
+        f"Used: {counts.done + counts.failed} of {counts.budget + len(contract['baselines'])} "
+        f"trials, {len(contract['baselines'])} of them baselines; {counts.failed} failed; "
+        f"{view.spending.scored:,} item evaluations; {minutes:.0f} minutes."
+    )
+
+
 def _steps(view: StudyView) -> Iterator[Step]:
     """Yield the series of the study up to the first trial without a result.
 
@@ -172,11 +210,20 @@ def _steps(view: StudyView) -> Iterator[Step]:
         return
     volumes = view.hypervolumes()
     best: dict[str, float] = {}
-    failed, milliseconds = 0, 0
+    audited = _audited(view)
+    audits: dict[str, float] = {}
+    failed, milliseconds, items = 0, 0, 0
+    arrivals: deque[int] = deque(maxlen=_RATE_TRIALS + 1)
     for trial in view.trials[:settled]:
         failed += trial.evaluation is None
+        items += sum(view.results[key].fresh for key in _searched(view, trial.number))
+        audits = audited.get(trial.number, audits)
+        # Of many estimates from a few items the best is a lucky one.
+        partly = trial.evaluation is not None and view.history.rung_of(trial.number) is not None
         for objective, value in zip(
-            view.objectives, trial.evaluation.values if trial.evaluation else (), strict=False
+            view.objectives,
+            trial.evaluation.values if trial.evaluation and not partly else (),
+            strict=False,
         ):
             name = metric_name(f"best/{objective.name}")
             old = best.get(name)
@@ -184,5 +231,36 @@ def _steps(view: StudyView) -> Iterator[Step]:
                 best[name] = value
         # Results arrive in any order; MLflow draws series over time, so time never runs back.
         milliseconds = max(milliseconds, int(view.times[trial.number] * 1000))
-        metrics = {**best, "hypervolume": volumes[trial.number], "trials/failed": float(failed)}
+        metrics = {
+            **best, **audits, "hypervolume": volumes[trial.number], "trials/failed": float(failed),
+            "items/scored": float(items),
+        }  # fmt: skip
+        arrivals.append(milliseconds)
+        if arrivals[-1] > arrivals[0]:
+            hours = (arrivals[-1] - arrivals[0]) / 3.6e6
+            metrics["trials/per hour"] = (len(arrivals) - 1) / hours
         yield Step(milliseconds, metrics)
+
+
+def _searched(view: StudyView, number: int) -> list[tuple[Split, int]]:
+    """Return under which keys the search's results of a trial are."""
+    keys: tuple[Split, ...] = ("search", "part")
+    return [(split, number) for split in keys if (split, number) in view.results]
+
+
+def _audited(view: StudyView) -> dict[int, dict[str, float]]:
+    """Return how far off the estimates were up to each trial that was scored in full, by trial.
+
+    For each objective the mean absolute error of the estimates, in its unit, and beside it that
+    of the plain mean of the same items.
+    """
+    found: dict[int, dict[str, float]] = {}
+    sums: dict[str, float] = {}
+    for count, audit in enumerate(view.audits, start=1):
+        for column, objective in enumerate(view.objectives):
+            full = audit.full[column]
+            for kind, reading in (("estimate", audit.estimate), ("subset mean", audit.mean)):
+                name = metric_name(f"audit/{kind} error/{objective.name}")
+                sums[name] = sums.get(name, 0.0) + abs(reading.values[column] - full)
+        found[audit.number] = {name: total / count for name, total in sums.items()}
+    return found

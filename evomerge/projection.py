@@ -5,9 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
-from evomerge.front_page import FrontData, FrontPoint, front_html, summary
-from evomerge.front_table import front_csv, front_markdown
+from evomerge.coefficient_page import coefficient_html
+from evomerge.feasibility import constrained, violation
+from evomerge.front_page import FrontData, FrontPoint, front_html
+from evomerge.front_table import front_csv
+from evomerge.gain import Gain
+from evomerge.recipe import Recipe
 from evomerge.trial import Trial
 
 #: Colours of the runs in MLflow's own charts; the same as on the front page.
@@ -16,6 +21,8 @@ _COLOURS = {
     "task_arithmetic": "#7c3aed", "grid": "#b79df0", "search": "#8c959f",
 }  # fmt: skip
 _MEAN_COLUMNS = 8
+#: Up to so many columns, the means of both halves stand beside them: ten parameters at most.
+_HALVED_COLUMNS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,10 @@ class Projection:
         params: facts about the study, short.
         files: further artifacts, text by name (the resolved study file).
         state: ``running``, ``finished``, ``interrupted`` or ``failed``.
+        planned: number of trials when all is done, baselines included.
+        words: what is searched and what it cost, sentences in Markdown.
+        gains: of the recommended merge over each baseline; empty before the end.
+        rivals: the baselines in ``gains`` that a reader wants first.
     """
 
     study: str
@@ -52,6 +63,10 @@ class Projection:
     params: Mapping[str, str]
     files: Mapping[str, str]
     state: str
+    planned: int = 0
+    words: tuple[str, ...] = ()
+    gains: tuple[Gain, ...] = ()
+    rivals: tuple[str, ...] = ()
 
 
 def metric_name(name: str) -> str:
@@ -60,7 +75,7 @@ def metric_name(name: str) -> str:
     return re.sub(r"\.{2,}", ".", clean) or "_"
 
 
-def trial_tags(trial: Trial, point: FrontPoint | None) -> dict[str, str]:
+def trial_tags(trial: Trial, point: FrontPoint | None, knee: int | None) -> dict[str, str]:
     """Return what MLflow's tables filter trials by, and the colour of its charts."""
     front = point is not None and point.front
     kind = point.kind if point is not None else trial.kind
@@ -69,7 +84,9 @@ def trial_tags(trial: Trial, point: FrontPoint | None) -> dict[str, str]:
         "evomerge.kind": trial.kind,
         "evomerge.label": trial.label,
         "evomerge.state": trial.state.value,
-        "evomerge.front": "true" if front else "false",
+        "front": _yes(front),
+        "knee": _yes(trial.number == knee),
+        "baseline": _yes(trial.kind == "baseline"),
         "evomerge.recipe": trial.recipe.digest,
         "mlflow.runColor": _COLOURS.get(colour, _COLOURS["search"]),
     }
@@ -88,6 +105,9 @@ def trial_metrics(trial: Trial, point: FrontPoint | None, front: FrontData) -> d
         for phase, seconds in trial.evaluation.seconds.items():
             metrics[f"seconds/{phase}"] = seconds
         metrics["front"] = float(point is not None and point.front)
+        metrics["items"] = float(sum(len(score.items) for score in trial.evaluation.scores))
+        if constrained(front.objectives):
+            metrics["violation"] = violation(front.objectives, trial.evaluation.values)
     if point is not None:
         for split, measured in (("validation", point.validation), ("test", point.test)):
             if measured is not None:
@@ -96,14 +116,54 @@ def trial_metrics(trial: Trial, point: FrontPoint | None, front: FrontData) -> d
     return metrics
 
 
+def study_metrics(front: FrontData) -> dict[str, float]:
+    """Return the recommended merge's values, on held-out items where it has them.
+
+    They are the columns in which the list of runs shows the study.
+    """
+    best = next((point for point in front.points if point.number == front.knee), None)
+    measured = None if best is None else best.test or best.shown
+    if measured is None:
+        return {}
+    names = [objective.name for objective in front.objectives]
+    return dict(zip(names, measured.values, strict=True))
+
+
+def _yes(value: bool) -> str:
+    return "true" if value else "false"
+
+
 def trial_params(trial: Trial) -> dict[str, str]:
     """Return a few searchable facts; the whole table would be too much for MLflow's pages."""
     recipe = trial.recipe
-    params = {"method": recipe.method}
-    for column in recipe.columns[:_MEAN_COLUMNS]:
+    return {
+        "method": recipe.method,
+        **{name: f"{fmean(values):.4f}" for name, values in _summaries(recipe).items()},
+    }
+
+
+def coefficient_params(recipe: Recipe) -> tuple[str, ...]:
+    """Return the names of a trial's parameters that are coefficients of the whole model."""
+    return tuple(name for name in _summaries(recipe) if not name.endswith(_HALVES))
+
+
+_HALVES = (" lower half", " upper half")
+
+
+def _summaries(recipe: Recipe) -> dict[str, tuple[float, ...]]:
+    """Return the coefficients by name: of each column all, and of few columns those of halves.
+
+    The halves are those of the model's depth, of recipes with four blocks or more.
+    """
+    summaries: dict[str, tuple[float, ...]] = {}
+    columns = recipe.columns[:_MEAN_COLUMNS]
+    half = len(recipe.table) // 2
+    for column in columns:
         values = recipe.column(column)
-        params[f"mean {column}"] = f"{sum(values) / len(values):.4f}"
-    return params
+        summaries[column] = values
+        if half >= 2 and len(columns) <= _HALVED_COLUMNS:
+            summaries |= {column + _HALVES[0]: values[:half], column + _HALVES[1]: values[half:]}
+    return summaries
 
 
 def artifact_texts(projection: Projection) -> dict[str, str]:
@@ -111,30 +171,9 @@ def artifact_texts(projection: Projection) -> dict[str, str]:
     texts = dict(projection.files)
     texts["front.html"] = front_html(projection.front)
     texts["front.csv"] = front_csv(projection.front)
+    if any(point.front for point in projection.front.points):
+        texts["coefficients.html"] = coefficient_html(projection.front)
     for point in projection.front.points:
         if point.front and point.recipe is not None:
             texts[f"recipes/{point.number}.json"] = point.recipe.to_json()
     return texts
-
-
-def study_note(projection: Projection) -> str:
-    """Return the Markdown that MLflow shows on the study's overview."""
-    front = projection.front
-    members = [point for point in front.points if point.front]
-    lines = [f"**{front.title}**: {front.subtitle}", ""]
-    if members:
-        lines += [
-            "Open **front.html** under *Artifacts* for the interactive front.",
-            "",
-            front_markdown(front),
-        ]
-        knee = next((point for point in members if point.number == front.knee), members[0])
-        if knee.recipe is not None:
-            lines += [f"Trial {knee.number} is {summary(knee.recipe)}.", ""]
-        command = front.command.replace("{n}", str(knee.number))
-        lines += ["Take one home:", "", f"    {command}", ""]
-    else:
-        lines += ["No trial has finished yet.", ""]
-    note = "\n".join(lines)
-    # MLflow cuts tags off at 8000 characters without a word.
-    return note if len(note) < 7500 else note[:7400] + "\n\n(more in front.csv)\n"

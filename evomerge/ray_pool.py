@@ -1,4 +1,4 @@
-"""Long-lived Ray actors as workers; the only module that imports Ray.
+"""Long-lived Ray actors as workers.
 
 Ray itself restarts nothing here (``max_restarts=0``, ``max_task_retries=0``): it may report an
 error for a task that did finish, and it cannot count attempts per job. The pool replaces a dead
@@ -7,34 +7,30 @@ actor, gives its job to whoever is free, and counts.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
 import pickle
-import signal
-import tempfile
-import threading
+import socket
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from evomerge.errors import EvomergeError, SetupError
+from evomerge.patience import Patience, Timeout
 from evomerge.pool import build_worker, check_submit, check_wait, one_line, run_job
+from evomerge.ray_session import begin, import_ray, own_signals
 from evomerge.trial import Evaluation, Failure, Job, Outcome, Worker, WorkerFactory
 
 logger = logging.getLogger(__name__)
 
-#: Ray puts sockets about 70 characters below its directory, and a socket's path has at most 107.
-_TEMP_CHARACTERS = 35
-
-#: Jobs and results are a few KB; Ray's default would reserve 30 % of the memory.
-_OBJECT_STORE_BYTES = 128 * 2**20
-
 #: Longest sleep inside Ray, so that a signal is noticed.
 _SLICE_SECONDS = 0.5
+
+#: When nobody has looked for so long, no deadline passes in that time.
+_UNSEEN_SECONDS = 5.0
 
 #: Seconds until the next try after a replacement could not start, doubled up to the last: the
 #: memory of a dead worker may not be free yet, its node may be coming back.
@@ -44,7 +40,9 @@ _RETRY_SECONDS = (2.0, 60.0)
 class _Host:
     """Lives in the actor; holds the worker. Never raises, so that an error means a death."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, shared: bool) -> None:
+        # On a cluster the driver saw its own machine in order; this one lacks something.
+        self._where = f"on node {socket.gethostname()}" if shared else ""
         # Libraries read these when they are imported, so this comes before the factory, and
         # the factory comes as bytes. (A Ray runtime_env would do the same 3 s later.)
         for name in ("OMP", "MKL", "OPENBLAS", "NUMBA"):
@@ -61,7 +59,7 @@ class _Host:
             self._worker = build_worker(build)
             return dict(self._worker.describe())
         except EvomergeError as error:
-            return _portable(error)
+            return _portable(SetupError(f"{error} ({self._where})") if self._where else error)
 
     def run(self, job: Job) -> Evaluation | Failure:
         assert self._worker is not None
@@ -104,6 +102,7 @@ class _Slot:
     entry: _Entry | None = None
     ready: bool = False
     deadline: float = math.inf
+    started: float = 0.0  # the job
 
     @property
     def name(self) -> str:
@@ -121,7 +120,8 @@ class RayPool:
         address: of a running cluster; default is ``RAY_ADDRESS``, else a local Ray is started.
         max_attempts: a job whose worker died so often fails; when no worker is left, so many
             failed starts in a row end the pool.
-        timeout: seconds for one job; its worker is killed and the job fails.
+        timeout: seconds for one job; its worker is killed and the job fails. ``auto`` follows
+            what jobs take, see ``Patience``.
         start_timeout: seconds until the first worker, and every replacement, must be up.
 
     Raises:
@@ -137,15 +137,16 @@ class RayPool:
         gpus_per_worker: float = 0.0,
         address: str | None = None,
         max_attempts: int = 3,
-        timeout: float | None = None,
+        timeout: Timeout = None,
         start_timeout: float = 1800.0,
     ) -> None:
-        self._ray = _import_ray()
+        self._ray = import_ray()
         self._factory = self._packed(factory)
         self._cpus = cpus_per_worker
         self._gpus = gpus_per_worker
         self._max_attempts = max_attempts
-        self._timeout = math.inf if timeout is None else timeout
+        self._patience = Patience(timeout)
+        self._looked = time.monotonic()
         self._start_timeout = start_timeout
         self._queue: deque[_Entry] = deque()
         self._numbers: set[int] = set()
@@ -159,9 +160,10 @@ class RayPool:
         self._owned = not self._ray.is_initialized()
         address = address or os.environ.get("RAY_ADDRESS")
         self._local = self._owned and not address
+        self._joined = self._owned and bool(address)
         try:
             if self._owned:
-                self._connect(address)
+                begin(self._ray, address, math.ceil(workers * self._cpus))
             self._check_resources()
             self._actor_class = self._make_actor_class()
             for slot in self._slots:
@@ -223,7 +225,7 @@ class RayPool:
         for slot in self._slots:
             self._kill(slot)
         if self._owned:
-            with _own_signals():
+            with own_signals():
                 self._ray.shutdown()
 
     def _packed(self, factory: WorkerFactory) -> bytes:
@@ -234,29 +236,6 @@ class RayPool:
         return packed
 
     # -- starting ---------------------------------------------------------------------------
-
-    def _connect(self, address: str | None) -> None:
-        options: dict[str, Any] = {
-            "namespace": "evomerge",
-            "log_to_driver": False,
-            "logging_level": logging.ERROR,
-        }
-        if address:
-            options["address"] = address
-        else:
-            options |= {
-                "num_cpus": math.ceil(len(self._slots) * self._cpus),
-                "include_dashboard": False,
-                "object_store_memory": _OBJECT_STORE_BYTES,
-            }
-            if len(tempfile.gettempdir()) > _TEMP_CHARACTERS:
-                options["_temp_dir"] = "/tmp/ray"  # noqa: S108 - Ray's own default
-        try:
-            with _own_signals():
-                self._ray.init(**options)
-        except Exception as error:
-            where = f"reach Ray at {address}" if address else "start Ray on this machine"
-            raise SetupError(f"could not {where}: {one_line(error)}") from error
 
     def _check_resources(self) -> None:
         """Refuse what can never be scheduled; a connected cluster may still grow."""
@@ -284,7 +263,7 @@ class RayPool:
         slot.entry = None
         # A first worker may have to wait until its node joins.
         slot.deadline = time.monotonic() + self._start_timeout if self._up else math.inf
-        slot.actor = self._actor_class.remote(max(1, int(self._cpus)))
+        slot.actor = self._actor_class.remote(max(1, int(self._cpus)), self._joined)
         slot.ref = slot.actor.start.remote(self._factory)
 
     def _await_first(self) -> None:
@@ -311,11 +290,17 @@ class RayPool:
             if slot.ready and slot.ref is None:
                 slot.entry = self._queue.popleft()
                 slot.entry.attempts += 1
-                slot.deadline = time.monotonic() + self._timeout
+                slot.started = time.monotonic()
+                slot.deadline = slot.started + self._patience.limit(slot.entry.job)
                 slot.ref = slot.actor.run.remote(slot.entry.job)
 
     def _step(self, seconds: float) -> None:
         """Wait for something to happen, at most ``seconds``, and deal with all that did."""
+        unseen = time.monotonic() - self._looked
+        if unseen > _UNSEEN_SECONDS:  # stopped, or busy elsewhere: what finished is yet to arrive
+            for slot in self._slots:
+                slot.deadline += unseen
+                slot.started += unseen
         busy = {slot.ref: slot for slot in self._slots if slot.ref is not None}
         due = min(slot.deadline for slot in self._slots) - time.monotonic()
         timeout = max(0.0, min(seconds, due, _SLICE_SECONDS))
@@ -332,6 +317,7 @@ class RayPool:
             if time.monotonic() >= slot.deadline:
                 self._on_timeout(slot)
         self._dispatch()
+        self._looked = time.monotonic()
 
     def _ready(self, refs: list[Any], count: int, timeout: float) -> list[Any]:
         try:
@@ -359,6 +345,8 @@ class RayPool:
         if slot.entry is None:
             self._on_started(slot, value)
             return
+        if isinstance(value, Evaluation):
+            self._patience.observe(value, time.monotonic() - slot.started)
         self._finish(slot, value)
 
     def _on_started(self, slot: _Slot, value: dict[str, str] | EvomergeError) -> None:
@@ -415,7 +403,7 @@ class RayPool:
             self._on_failed_start(slot, self._too_slow(), self._max_attempts)
             return
         self._kill(slot)
-        message = f"took longer than {self._timeout:g} s; its worker was killed"
+        message = f"took longer than {slot.deadline - slot.started:.4g} s; its worker was killed"
         self._finish(slot, Failure("timeout", message))
         self._launch(slot)
 
@@ -430,48 +418,3 @@ class RayPool:
         actor, slot.actor, slot.ref, slot.ready = slot.actor, None, None, False
         if actor is not None:
             self._ray.kill(actor, no_restart=True)
-
-
-def _import_ray() -> Any:
-    # Read when Ray is imported: no usage reports, no advice, no report of results that a killed
-    # worker leaves behind.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    try:
-        import ray
-    except ImportError as error:
-        raise SetupError(f"pool: Ray cannot be imported: {error} (pip install ray)") from error
-    _silence(ray)
-    return ray
-
-
-def _silence(ray: Any) -> None:
-    """Send what Ray prints about dead workers to the log.
-
-    A thread of its driver prints to stdout whatever ``log_to_driver`` says, into the middle of
-    a live display or of JSON, and Ray offers no switch.
-    """
-    module = ray._private.worker
-    if hasattr(module, "print_to_stdstream"):  # private: a Ray without it just prints
-        module.print_to_stdstream = _log_lines
-
-
-def _log_lines(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
-    for line in data["lines"]:
-        logger.debug("ray: %s", line)
-
-
-@contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Restore the handlers of SIGINT and SIGTERM, which Ray replaces when it starts."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

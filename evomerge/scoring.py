@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
+from typing import Any
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -22,6 +23,10 @@ class Scoring:
         device: ``cpu``, ``cuda``, or empty for lm-eval's choice.
         allow_task_code: whether the tasks run Python code.
         unreported: names of the objectives that lm-eval has no number for.
+        metrics: of each of the first objectives, as the study file names them; empty for the
+            task's own.
+        settings: what ``evomerge verify`` scores by: the study's ``fitness`` section without
+            paths of a machine, names of the experts, and what batches were made of.
     """
 
     tasks: tuple[str, ...]
@@ -31,6 +36,8 @@ class Scoring:
     device: str = ""
     allow_task_code: bool = False
     unreported: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

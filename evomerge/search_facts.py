@@ -7,15 +7,42 @@ from dataclasses import replace
 from importlib.metadata import version
 from math import sqrt
 
+from evomerge.config import StudyFile
+from evomerge.economy import planned_trials
 from evomerge.fitness.splits import ItemSplit
 from evomerge.search.baselines import Baseline
 from evomerge.search.protocol import SearchProblem
+from evomerge.search.registry import find_searcher
 from evomerge.search.surrogate_entries import SURROGATES
 from evomerge.space import Space
 from evomerge.trial import Objective
 
 #: Label of the baseline that a search is told to start from.
 START = "start"
+
+
+def outstanding(file: StudyFile) -> int:
+    """Return how many trials a study has asked for and not told of, at most."""
+    workers = 1 if file.pool.kind == "serial" else file.pool.workers
+    return file.search.parallel or 2 * workers
+
+
+def on_weighted_mean(file: StudyFile, objectives: int) -> bool:
+    """Return whether the searcher sees one weighted loss instead of all."""
+    return objectives > 1 and not find_searcher(file.search.searcher).multi_objective
+
+
+def search_size(file: StudyFile, space: Space, splits: Sequence[ItemSplit]) -> SearchProblem:
+    """Return what a searcher is given to search, before anything is scored.
+
+    Args:
+        file: the study file, its estimator decided.
+        space: what is searched.
+        splits: item ids of each objective [m].
+    """
+    losses = 1 if on_weighted_mean(file, len(splits)) else len(splits)
+    trials = planned_trials(file, splits)
+    return SearchProblem(space.dimension, losses, trials, outstanding(file), file.seed)
 
 
 def informed(

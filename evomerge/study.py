@@ -9,11 +9,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from evomerge.comparison import aggregate_fields
 from evomerge.contract import compared, differences
-from evomerge.errors import InputError
+from evomerge.errors import InputError, SetupError
 from evomerge.estimate import Estimation, Estimator
+from evomerge.fitness.aggregate import Aggregate
+from evomerge.halving import Halving
 from evomerge.interrupt import StopSignals
 from evomerge.item_cache import Items
 from evomerge.items import Resampled
@@ -23,6 +26,7 @@ from evomerge.racing import Racing
 from evomerge.recipe import Recipe
 from evomerge.search.baselines import Baseline
 from evomerge.search.protocol import Searcher, SearchProblem
+from evomerge.spool import Spool
 from evomerge.study_listener import Phase, Progress, StudyListener
 from evomerge.study_record import (
     SCHEMA,
@@ -45,6 +49,10 @@ __all__ = [
     "StudyListener",
     "library_versions",
 ]
+
+
+#: In which order a searcher is told of results.
+Order = Literal["ask", "completion"]
 
 
 class ItemSplit(Protocol):
@@ -84,6 +92,9 @@ class Study:
         budget: trials of the search, baselines and calibration not counted; None where only
             ``item_budget`` ends it.
         parallel: candidates outstanding at a time; does not follow the number of workers.
+        order: the searcher is told of results in the order of asking (``ask``), or of their
+            arrival (``completion``): then no worker waits for a slow trial, and another run of
+            the same search is another search.
         seed: of the searcher.
         scalarise: the searcher sees the weighted mean of the losses instead of all of them.
         finalists: how many trials are scored again on the validation items, beside baselines.
@@ -95,9 +106,13 @@ class Study:
             really did for its trials. Items that were known cost nothing, a failed trial all of
             its items. No trial is asked that could exceed it. None for no such limit.
         estimator: makes the values of item scores; None to take what the workers say.
-        racing: stop trials early that cannot reach the front; None for never.
+        racing: stop trials early that cannot reach the front, or halve brackets of trials; None
+            to score every trial on all its items.
         resampled: fresh search items for every generation; None for all of them, always.
         estimation: an estimated fitness; None for item scores as they are.
+        aggregates: how values are made of item scores [m], written down for those who compare
+            trials later; plain means where absent.
+        spool: where workers leave evaluations until the journal has them.
 
     Raises:
         InputError: arguments that do not fit each other.
@@ -125,9 +140,12 @@ class Study:
         grace_seconds: float = 60.0,
         item_budget: int | None = None,
         estimator: Estimator | None = None,
-        racing: Racing | None = None,
+        racing: Racing | Halving | None = None,
         resampled: Resampled | None = None,
         estimation: Estimation | None = None,
+        aggregates: Sequence[Aggregate] = (),
+        order: Order = "ask",
+        spool: Spool | None = None,
     ) -> None:
         if not objectives or len(splits) != len(objectives):
             raise InputError(
@@ -143,6 +161,11 @@ class Study:
                 raise InputError(f"study: {name} must be at least 1, got {value}")
         if budget is None and item_budget is None:
             raise InputError("study: budget or item_budget must be given, got neither")
+        if isinstance(racing, Halving) and order != "ask":
+            raise InputError(
+                "study: halving compares the trials of a bracket, so that the searcher is told in "
+                f"the order of asking; got order {order!r} (ask, or the racing rule front)"
+            )
         if resampled is not None and estimation is not None:
             raise InputError(
                 "study: resampled items and an estimator that chooses its own exclude each other"
@@ -179,6 +202,9 @@ class Study:
         self.racing = racing
         self.resampled = resampled
         self.estimation = estimation
+        self.aggregates = tuple(aggregates)
+        self.order = order
+        self.spool = spool
         self._identity = {"versions": library_versions(), **identity}
 
     def run(self) -> StudyView:
@@ -196,9 +222,16 @@ class Study:
             history = History.of(journal.records, str(self.directory))
             self._open(journal, history)
             self.on_open()
+            if self.spool is not None:
+                self.spool.open()
             run = StudyRun(self, journal, history, signals)
             try:
                 run.all_phases()
+                if self.spool is not None:
+                    self.spool.clear()
+            except (InputError, SetupError) as error:
+                journal.append("stop", reason="error", message=str(error))
+                raise
             finally:
                 run.evaluations.close()
         view = StudyView.load(self.directory)
@@ -232,6 +265,7 @@ class Study:
             "scalarise": self.scalarise,
             "finalists": self.finalists,
             "baselines": [baseline.label for baseline in self.baselines],
+            **({"order": self.order} if self.order != "ask" else {}),
             **{key: value for key, value in self._economy().items() if value is not None},
         }
         plain: dict[str, Any] = json.loads(json.dumps(contract, allow_nan=False))
@@ -254,18 +288,33 @@ class Study:
         }  # fmt: skip
 
     def _open(self, journal: Journal, history: History) -> None:
-        contract = self.contract()
         if history.opened is None:
-            history.opened = journal.append("open", schema=SCHEMA, **contract)
+            aggregates = aggregate_fields(self.aggregates)
+            more = {} if aggregates is None else {"aggregates": aggregates}
+            history.opened = journal.append("open", schema=SCHEMA, **self.contract(), **more)
             return
-        contract = dict.fromkeys(self._economy()) | contract
-        recorded = {key: history.opened.get(key) for key in contract}
-        changed = differences(compared(recorded), compared(contract))
-        if changed:
-            raise InputError(
-                f"{self.directory}: this study was begun with other settings; restore them, or "
-                "give the study file another `directory`:\n" + "\n".join(changed)
-            )
+        self.require_same(history)
         stop = history.stop
         if stop is not None and stop["reason"] == "failure":  # by now its cause was mended
             history.add(journal.append("retry", split=stop["split"], trials=stop["trials"]))
+
+    def require_same(self, history: History) -> None:
+        """Do nothing where a journal holds a study of these settings.
+
+        Raises:
+            InputError: it does not; names each difference.
+        """
+        assert history.opened is not None
+        contract = dict.fromkeys(self._economy()) | self.contract() | {"order": self.order}
+        recorded = {key: history.opened.get(key) for key in contract}
+        recorded["order"] = history.opened.get("order", "ask")
+        changed = differences(compared(recorded), compared(contract))
+        if changed:
+            budgets = ("budget", "item_budget")
+            more = any(recorded[key] != contract[key] for key in budgets)
+            raise InputError(
+                f"{self.directory}: this study was begun with other settings; restore them, or "
+                "give the study file another `directory`:\n"
+                + "\n".join(changed)
+                + ("\n  (a larger budget: leave the file, and use `evomerge extend`)" * more)
+            )

@@ -8,10 +8,12 @@
 ``tell``    result of a trial on the search items, written when it arrives
 ``score``   result of a finalist on the items of another split, or (``complete``) of one that a
             race had stopped, on all its search items
+``part``    item scores of a trial on the first of its items, in a search that halves
 ``retry``   failures that are asked for again, see ``History.add``
 ``pool``    facts about the workers
+``extend``  a larger budget: where the search ends from now on
 ``note``    for humans
-``stop``    the study ended early: signal or failure
+``stop``    the study ended early: signal, failure, or error of input or setup
 ``done``    front and recommended trial; the study is finished
 ==========  ==========================================================================
 
@@ -36,8 +38,9 @@ from evomerge.trial import Direction, Evaluation, Failure, Objective, Score, Tri
 
 SCHEMA = 1
 
-#: ``complete`` is the search items again, for what a race had stopped.
-Split = Literal["search", "complete", "validation", "test"]
+#: ``complete`` is the search items again, for what a race had stopped; ``part`` is the first of
+#: them, up to a rung.
+Split = Literal["search", "part", "complete", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("search", "validation", "test")
 
 _SEARCH_PACKAGES = ("numpy", "nevergrad", "pymoo", "cma")
@@ -68,7 +71,8 @@ class Result:
         reused: trial with the same recipe whose item scores these are, all of them.
         replayed: it was in the journal when this run of the driver began.
         fresh: items that a worker scored for it, over all objectives; the others were known.
-        rung: number of items per objective at which a race stopped it; None if it ran through.
+        rung: number of items per objective at which a race stopped it, or at which it failed;
+            None if it ran through.
         beside: other readings of the item scores: ``subset mean`` beside an estimate, and
             ``estimate`` where an estimated study scored a trial in full.
     """
@@ -81,6 +85,19 @@ class Result:
     fresh: int = 0
     rung: int | None = None
     beside: Mapping[str, Reading] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Where a search ends: both in all, from its beginning.
+
+    Attributes:
+        trials: of the search; None for no such limit.
+        items: item evaluations; None for no such limit.
+    """
+
+    trials: int | None
+    items: int | None
 
 
 def library_versions() -> dict[str, str]:
@@ -224,6 +241,7 @@ class History:
         times: unix seconds of each ``tell``.
         facts: about the workers, as last recorded.
         searcher: what the searcher last said of its work.
+        extensions: later ends of the search, in the order in which they were given.
         stop: the last ``stop`` record that nothing followed.
         done: the ``done`` record.
     """
@@ -238,6 +256,7 @@ class History:
     times: dict[int, float] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
     searcher: Mapping[str, str] = field(default_factory=dict)
+    extensions: list[Limit] = field(default_factory=list)
     stop: Record | None = None
     done: Record | None = None
     _splits: dict[Split, Items] = field(default_factory=dict)
@@ -268,7 +287,7 @@ class History:
         that failure, or could have been, when it asked for them.
         """
         event = record["ev"]
-        if event != "note":
+        if event not in ("note", "extend"):
             self.stop = None
         match event:
             case "open":
@@ -286,12 +305,17 @@ class History:
                 self.times[record["trial"]] = record["t"]
             case "score":
                 self._add_result(record["split"], record)
+            case "part":
+                self.add_part(record["trial"], result_from(record))
             case "retry":
                 self._forget(record["split"], record["trials"])
             case "pool":
                 self.facts = record["facts"]
             case "stop":
                 self.stop = record
+            case "extend":
+                self.extensions.append(Limit(record.get("trials"), record.get("items")))
+                self.done = None
             case "done":
                 self.done = record
             case "note":
@@ -328,6 +352,13 @@ class History:
             raise ValueError(f"trial {number} was not asked, or has a result already")
         self.results[split, number] = result_from(record)
 
+    def add_part(self, number: int, part: Result) -> None:
+        """Take in item scores of a trial up to a rung; it costs what all its parts cost."""
+        if number not in self.trials:
+            raise ValueError(f"trial {number} was not asked")
+        before = self.results.get(("part", number))
+        self.results["part", number] = part if before is None else joined(before, part)
+
     def _forget(self, split: Split, failed: Sequence[int]) -> None:
         for number in failed:
             del self.results[split, number]
@@ -338,6 +369,7 @@ class History:
             self.times.pop(number, None)
         for number in later:
             self.results.pop(("search", number), None)
+            self.results.pop(("part", number), None)
             self.set_of.pop(number, None)
             del self.trials[number], self.digests[number]
 
@@ -347,7 +379,7 @@ class History:
         A race may stop before their end.
         """
         assert self.opened is not None
-        if split in ("search", "complete"):
+        if split in ("search", "part", "complete"):
             if number in self.set_of:
                 return self.sets[self.set_of[number]]
             split = "search"
@@ -355,10 +387,33 @@ class History:
             self._splits[split] = tuple(map(tuple, self.opened["items"][split]))
         return self._splits[split]
 
+    def limits(self, trials: int | None, items: int | None) -> list[Limit]:
+        """Return where the search ends, one after the other; begun with these budgets."""
+        return [Limit(trials, items), *self.extensions]
+
+    def rung_of(self, number: int) -> int | None:
+        """Return the number of items that a trial has scores on; None where it is all of them."""
+        return None if ("complete", number) in self.results else self.results["search", number].rung
+
     def settled(self, trial: Trial) -> Trial:
         """Return ``trial`` with what its ``tell`` says, unchanged when there is none."""
         result = self.results.get(("search", trial.number))
         return trial if result is None else settle(trial, result)
+
+
+def joined(before: Result, later: Result) -> Result:
+    """Return a later part of a trial with what the earlier ones took: items, seconds, attempts."""
+    assert isinstance(before.value, Evaluation)
+    assert isinstance(later.value, Evaluation)
+    seconds = dict(before.value.seconds)
+    for phase, value in later.value.seconds.items():
+        seconds[phase] = seconds.get(phase, 0.0) + value
+    return replace(
+        later,
+        value=replace(later.value, seconds=seconds),
+        fresh=before.fresh + later.fresh,
+        attempts=before.attempts + later.attempts,
+    )
 
 
 def settle(trial: Trial, result: Result) -> Trial:

@@ -2,34 +2,36 @@
 
 Order is fixed, so that neither the number of workers nor their speed changes a search: a window
 of ``parallel`` candidates is filled by asking one at a time; the searcher is told about the
-oldest one, always; then the window is filled again. What a trial is scored on, whom it races
-against and whether the budget allows it follow from what the searcher was told before. Resuming
-is the same loop. It takes asks and results from the journal as long as there are any, and
-compares every ask.
+oldest one, always; then the window is filled again. With ``order: completion`` it is told about
+the one whose result came first: workers never wait, and the journal is the only record of what
+the search depended on. What a trial is scored on, whom it races against and whether the budget
+allows it follow from what the searcher was told before. Resuming is the same loop. It takes asks
+and results from the journal as long as there are any, and compares every ask.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from evomerge.brackets import Brackets, Member
 from evomerge.choosing import finalists
 from evomerge.errors import InputError, NothingUsableError, ReplayError
 from evomerge.estimate import Endpoint
 from evomerge.evaluations import Evaluations, Request
 from evomerge.feasibility import best_rows, violation
+from evomerge.halving import Halving
 from evomerge.interrupt import StopSignals
 from evomerge.item_cache import Items
 from evomerge.items import Chosen, TrialItems
-from evomerge.journal import Journal
+from evomerge.journal import Recorder
 from evomerge.pool import Pool
+from evomerge.racing import Racing
 from evomerge.recipe import Recipe
 from evomerge.references import References, Rivals
-from evomerge.search.protocol import Candidate, Searcher, SearchProblem, Told, WarmPoint
+from evomerge.search.protocol import Searcher, SearchProblem, Told, WarmPoint
 from evomerge.study_listener import Phase, Progress
 from evomerge.study_record import (
     History,
@@ -43,6 +45,7 @@ from evomerge.study_record import (
 from evomerge.study_view import recommended
 from evomerge.telling import Teller, losses_of
 from evomerge.trial import Evaluation, Failure, Trial
+from evomerge.window import Outstanding, Window
 
 if TYPE_CHECKING:
     from evomerge.study import Study
@@ -52,32 +55,20 @@ logger = logging.getLogger(__name__)
 #: A study stops when so many trials in a row fail: the cause is the setup, not the candidates.
 FAILURES_IN_A_ROW = 10
 
-#: A search without a limit on trials ends when so many in a row cost nothing: it repeats itself.
-FREE_IN_A_ROW = 100
-
-
 #: After so many asks the study writes down what the searcher says of its work, and at the end.
 NOTE_EVERY = 20
 
 
-@dataclass(frozen=True, slots=True)
-class _Outstanding:
-    """A trial that was asked and not told, and the items that it may cost."""
-
-    candidate: Candidate
-    trial: Trial
-    chosen: Chosen
-
-    @property
-    def cost(self) -> int:
-        return sum(map(len, self.chosen.items))
-
-
 class StudyRun:
-    """What one call of ``Study.run`` holds."""
+    """What one call of ``Study.run`` holds.
+
+    Attributes:
+        evaluations: gives every trial its result.
+        compared: asks that were found equal to those of the journal.
+    """
 
     def __init__(
-        self, study: Study, journal: Journal, history: History, signals: StopSignals
+        self, study: Study, journal: Recorder, history: History, signals: StopSignals
     ) -> None:
         self._study = study
         self._journal = journal
@@ -85,15 +76,15 @@ class StudyRun:
         self._frames = {frame: number for number, frame in enumerate(history.frames)}
         self._sets = {items: number for number, items in enumerate(history.sets)}
         self._muted: set[int] = set()
+        self.compared = 0
         self._progress = Progress("baselines", 0, 0, 0)
         self._failures = 0
         self._first_failure: int | None = None
         self._teller = Teller(study.objectives, study.scalarise)
         self._references: References | None = None
-        if study.racing is not None:
-            self._references = References(
-                study.objectives, study.racing.references, study.racing.rungs[0]
-            )
+        race = study.racing if isinstance(study.racing, Racing) else None
+        if race is not None:
+            self._references = References(study.objectives, race.references, race.rungs[0])
         self._items = TrialItems(
             study.items["search"], study.seed, study.resampled, study.racing is not None
         )
@@ -102,12 +93,20 @@ class StudyRun:
             history=history,
             objectives=study.objectives,
             estimator=study.estimator,
-            racing=study.racing,
+            racing=race,
             make_pool=self._make_pool,
             signals=signals,
             grace_seconds=study.grace_seconds,
             on_change=self._tell_progress,
+            spool=study.spool,
         )
+        self._brackets: Brackets | None = None
+        self._size: int | None = study.parallel  # asks before the first of them is told
+        if isinstance(study.racing, Halving):
+            self._size = study.racing.bracket
+            self._brackets = Brackets(
+                study.objectives, study.scalarise, study.racing, self.evaluations
+            )
 
     def all_phases(self) -> None:
         """Baselines, search, finalists."""
@@ -188,70 +187,74 @@ class StudyRun:
 
     def _search(self, warm: tuple[WarmPoint, ...]) -> None:
         study = self._study
-        self._begin("search", study.planned)
+        limits = self._history.limits(study.budget, study.item_budget)
+        self._begin("search", limits[-1].trials or study.planned)
         searcher = study.make_searcher(
             SearchProblem(
                 dimension=study.dimension,
                 objectives=1 if study.scalarise else len(study.objectives),
                 budget=study.planned,
-                parallel=study.parallel,
+                parallel=self._size or study.parallel,
                 seed=study.seed,
                 warm=warm,
             )
         )
         first = len(study.baselines) + (study.estimation.calibration if study.estimation else 0)
         recorded = len(self._history.trials)
-        asked, spent, free = 0, 0, 0
-        window: deque[_Outstanding] = deque()
-        while True:
-            while len(window) < study.parallel and self._affordable(asked, spent, free, window):
-                one = self._ask_searcher(searcher, first, asked)
-                if one is None:
+        window = Window(self._size, self._items.cost, self._bracket_cost())
+        arrived = self.evaluations.first if study.order == "completion" else None
+        for limit in limits:
+            window.until(limit)
+            while True:
+                while window.has_room():
+                    one = self._ask_searcher(searcher, first, window)
+                    if one is None:
+                        break
+                    window.add(one)
+                    if window.asked % NOTE_EVERY == 0 and first + window.asked > recorded:
+                        self._note_facts(searcher)
+                if not window:
                     break
-                window.append(one)
-                asked += 1
-                if asked % NOTE_EVERY == 0 and first + asked > recorded:
-                    self._note_facts(searcher)
-            if not window:
-                break
-            one = window.popleft()
-            cost = self._tell_searcher(searcher, one)
-            spent, free = spent + cost, 0 if cost else free + 1
+                told = 1
+                if self._brackets is not None:
+                    self._brackets.run([Member(o.trial, o.chosen) for o in window.outstanding])
+                    told = len(window)
+                for _ in range(told):
+                    window.spend(self._tell_searcher(searcher, window.take(arrived)))
         self._note_facts(searcher)
-        if len(self._history.trials) > first + asked:
+        if len(self._history.trials) > first + window.asked:
             raise ReplayError(
-                f"trial {first + asked}: the journal has it, but the searcher asks for nothing "
-                "more; the searcher or its libraries changed since the study began"
+                f"trial {first + window.asked}: the journal has it, but the searcher asks for "
+                "nothing more; the searcher or its libraries changed since the study began"
             )
 
-    def _affordable(
-        self, asked: int, spent: int, free: int, window: Sequence[_Outstanding]
-    ) -> bool:
-        """Return whether one more trial keeps within the budgets, whatever those running cost."""
-        study = self._study
-        if study.budget is not None and asked >= study.budget:
-            return False
-        if study.item_budget is None:
-            return True
-        if study.budget is None and free >= FREE_IN_A_ROW:
-            return False
-        committed = spent + sum(one.cost for one in window)
-        return committed + self._items.cost(asked) <= study.item_budget
+    def _bracket_cost(self) -> Callable[[Sequence[Chosen], int], int] | None:
+        """Return what the trials of a bracket and the next one may cost, where there are any."""
+        brackets, items = self._brackets, self._items
+        if brackets is None:
+            return None
+        return lambda chosen, asked: brackets.cost([*chosen, items.of(asked, None)])
 
-    def _ask_searcher(self, searcher: Searcher, first: int, asked: int) -> _Outstanding | None:
+    def _ask_searcher(self, searcher: Searcher, first: int, window: Window) -> Outstanding | None:
         """Ask for one candidate and have it scored; None where there is none now."""
         candidates = searcher.ask(1)
         if not candidates:
             return None
         x = tuple(map(float, candidates[0].x))
+        asked, before = window.asked, window.outstanding
         chosen = self._items.of(asked, getattr(searcher, "generation", None))
+        if self._brackets is not None and self._study.resampled is not None and before:
+            chosen = before[0].chosen  # all of a bracket are scored on the same items
         trial = Trial(first + asked, "search", "", x, self._study.decode(x))
         self._ask(trial, chosen)
+        if self._brackets is not None:
+            self._brackets.enter(Member(trial, chosen))
+            return Outstanding(candidates[0], trial, chosen)
         rivals: Rivals = ()
         if self._references is not None and chosen.mode != "check":
             rivals = self._references.rivals(chosen.items)
         self.evaluations.request(Request(trial, "search", chosen.items, chosen.mode, rivals))
-        return _Outstanding(candidates[0], trial, chosen)
+        return Outstanding(candidates[0], trial, chosen)
 
     def _note_facts(self, searcher: Searcher) -> None:
         """Write down what the searcher says of its work, where it says anything new."""
@@ -260,12 +263,13 @@ class StudyRun:
         if facts != self._history.searcher:
             self._history.add(self._journal.append("note", searcher=facts))
 
-    def _tell_searcher(self, searcher: Searcher, one: _Outstanding) -> int:
+    def _tell_searcher(self, searcher: Searcher, one: Outstanding) -> int:
         """Tell the searcher what became of a trial; return how many items it cost."""
         number = one.trial.number
         if not self._settle(one.trial):
             searcher.tell([Told(one.candidate.id, self._teller.penalty(), failed=True)])
-            return one.cost
+            rung = self._history.results["search", number].rung
+            return sum(len(ids[:rung]) for ids in one.chosen.items)
         evaluation = self._evaluation(number)
         items = tuple(score.items for score in evaluation.scores)
         if self._history.results["search", number].rung is not None or one.chosen.mode == "check":
@@ -273,7 +277,8 @@ class StudyRun:
         told = self._teller.told(evaluation)
         searcher.tell([Told(one.candidate.id, told, failed=False, items=items)])
         self._refer(number)
-        return self._history.results["search", number].fresh
+        part = self._history.results.get(("part", number))
+        return self._history.results["search", number].fresh + (part.fresh if part else 0)
 
     def _choose(self) -> None:
         """Score finalists and baselines again on held-out items; report front and choice."""
@@ -310,19 +315,15 @@ class StudyRun:
             baselines = [number for number in done if number < len(self._study.baselines)]
             rest = distinct(done, self._history.digests)
             losses, violations = self._standing(rest, "search")
-            rows = finalists(losses, violations, self._study.finalists)
+            rungs = [self._history.rung_of(number) for number in rest]
+            tiers = rungs if self._brackets is not None else [None] * len(rest)
+            rows = finalists(losses, violations, self._study.finalists, tiers)
             chosen = sorted({*(rest[row] for row in rows), *baselines})
-            stopped = [number for number in chosen if self._stopped(number)]
+            stopped = [n for n in chosen if self._history.rung_of(n) is not None]
             if not stopped:
                 return chosen
             completed = self._score(stopped, "complete")
             done = [number for number in done if number not in stopped or number in completed]
-
-    def _stopped(self, number: int) -> bool:
-        """Return whether a trial has scores on a part of its items only."""
-        results = self._history.results
-        rung = results["search", number].rung
-        return rung is not None and ("complete", number) not in results
 
     def _score(
         self, numbers: Sequence[int], split: Literal["complete", "validation", "test"]
@@ -352,6 +353,7 @@ class StudyRun:
         recorded = self._history.trials.get(number)
         if recorded is not None:
             compare(recorded, self._history.digests[number], trial)
+            self.compared += 1
             if self._history.items_of("search", number) != chosen.items:
                 raise ReplayError(
                     f"trial {number}: the journal has other items for it; what chooses them (an "

@@ -214,7 +214,7 @@ class StudyView:
             counts[kind or "search"] += result.fresh
             if kind == "" and isinstance(result.value, Evaluation):
                 saved += (full if split == "search" else 0) - result.fresh
-                stops += result.rung is not None
+                stops += split == "search" and result.rung is not None
         return Spending(
             baselines=counts["baseline"],
             calibration=counts["calibration"],
@@ -267,8 +267,20 @@ class StudyView:
                 split == "search" and result.reused is not None
                 for (split, _), result in self.results.items()
             ),
-            budget=self.contract["budget"],
+            budget=self._planned,
         )
+
+    @property
+    def _planned(self) -> int:
+        """Search trials up to the last limit; of a budget in items, what it surely buys."""
+        planned: int = self.contract["budget"]
+        if not self.history.extensions:
+            return planned
+        last = self.history.extensions[-1]
+        if last.trials is not None:
+            return last.trials
+        assert last.items is not None
+        return planned * last.items // int(self.contract["item_budget"])
 
     def trial(self, number: int) -> Trial:
         """Return one trial.
@@ -320,7 +332,11 @@ class StudyView:
         return tuple(max(c) + 0.1 * ((max(c) - min(c)) or 1.0) for c in columns)
 
     def hypervolumes(self) -> tuple[float, ...]:
-        """Return the hypervolume of the feasible search scores after each trial [n]."""
+        """Return the hypervolume of the feasible search scores after each trial [n].
+
+        Trials with scores on a part of their items add nothing: they have been beaten, or left
+        behind, and the best of many estimates from a few items is a lucky one.
+        """
         front: list[tuple[float, ...]] = []
         values: list[float] = []
         for trial in self.trials:
@@ -328,6 +344,7 @@ class StudyView:
             if (
                 trial.evaluation is not None
                 and self.reference is not None
+                and self.history.rung_of(trial.number) is None
                 and violation(self.objectives, trial.evaluation.values) == 0
             ):
                 point = self._search_losses(trial)
@@ -401,6 +418,7 @@ def _front(
     if history.done is not None:
         return tuple(history.done["front"]), history.done["split"], history.done["knee"]
     done = [trial for trial in trials if trial.evaluation is not None]
+    done = [trial for trial in done if history.rung_of(trial.number) is None] or done
     if not done:
         return (), "search", None
     values = [t.evaluation.values for t in done if t.evaluation is not None]
@@ -425,6 +443,6 @@ def _state(history: History, directory: Path) -> StudyState:
         return StudyState.FINISHED
     if is_locked(directory):
         return StudyState.RUNNING
-    if history.stop is not None and history.stop["reason"] == "failure":
+    if history.stop is not None and history.stop["reason"] in ("failure", "error"):
         return StudyState.FAILED
     return StudyState.INTERRUPTED

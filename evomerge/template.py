@@ -80,15 +80,21 @@ fitness:
   # allow_task_code: true    # for tasks that run code, such as mbpp: in a container, say
   # Disjoint items of each task: counts, or fractions such as 0.1.
   items:
-    search: 100              # scored for every trial
+    search: 100              # scored for every trial; from 200 on only 60, see estimator
     validation: 200          # decide the reported front
     test: 500                # held out, only reported
+  # Which of the search items a trial is scored on. auto takes soft_reg on 60 of 200 or more,
+  # where every answer has a margin, and all of them elsewhere; `evomerge check` says which.
+  # estimator: none          # all of them, always
+  # estimator: {{name: soft_reg, items: 60, design: random}}    # evomerge list estimators
   batch_size: 64
 
 search:
   # evomerge list searchers
   searcher: nsga2
   trials: 150
+  # items: 20000             # item evaluations of all trials, instead of trials or beside them
+  # racing: {{}}               # stop trials early that cannot reach the front any more
   # parallel: 4              # outstanding trials; twice the workers where absent
   finalists: 12              # re-scored on the validation items
 

@@ -24,7 +24,8 @@ from rich.table import Table
 from rich.text import Text
 
 from evomerge.errors import InputError
-from evomerge.facts import front_rows, gains, one_unit, trial_name
+from evomerge.feasibility import bounds_note, constrained, keeps_bounds, violation
+from evomerge.gain import front_rows, gains, one_unit, trial_name
 from evomerge.launch import Finished, run
 from evomerge.prepare import Prepared
 from evomerge.presentation import export_command, front_data
@@ -32,7 +33,7 @@ from evomerge.study import Phase, StudyListener
 from evomerge.study import Progress as StudyProgress
 from evomerge.study_record import Result, Split
 from evomerge.study_view import StudyView
-from evomerge.tracking_target import ui_command, ui_url
+from evomerge.tracking_target import pareto_url, ui_command, ui_url
 from evomerge.trial import Direction, Objective, Trial
 
 #: Without a terminal, one line at least every so many seconds.
@@ -129,7 +130,7 @@ class LiveProgress(StudyListener):
                     f"trial {trial.number} failed ({trial.failure.kind}): {trial.failure.message}",
                     markup=False,
                 )
-        if trial.evaluation is None:
+        if trial.evaluation is None or violation(self._objectives, trial.evaluation.values) > 0:
             return
         for index, value in enumerate(trial.evaluation.values):
             best = self._best[index]
@@ -174,8 +175,12 @@ class LiveProgress(StudyListener):
                 for objective, value in zip(self._objectives, self._best, strict=True)
                 if value is not None
             ]
+            within = " within all bounds" if constrained(self._objectives) else ""
             if best:
-                parts.append(f"best so far of each objective, search items: {', '.join(best)}")
+                text = f"best so far of each objective{within}, search items: {', '.join(best)}"
+                parts.append(text)
+            elif within and progress.done:
+                parts.append("no trial is within all bounds yet")
         return "; ".join(parts)
 
 
@@ -192,6 +197,7 @@ def front_table(view: StudyView) -> Table:
     for objective in view.objectives:
         arrow = "↑" if objective.direction is Direction.MAXIMIZE else "↓"
         table.add_column(f"{objective.name} {arrow}", justify="right")
+    outside = False
     # A mean of values that are not alike, or of which one is to be small, would say nothing.
     directions = {objective.direction for objective in view.objectives}
     mean = len(view.objectives) > 1 and len(directions) == 1 and one_unit(view.objectives)
@@ -204,11 +210,19 @@ def front_table(view: StudyView) -> Table:
         assert evaluation is not None
         on_front = trial.number in view.front
         name = trial_name(trial) + (" ★" if trial.number == view.knee else "")
-        cells = [f"{score.value:.3f} ±{score.standard_error:.3f}" for score in evaluation.scores]
+        pairs = list(zip(view.objectives, evaluation.scores, strict=True))
+        broken = [not keeps_bounds(objective, score.value) for objective, score in pairs]
+        outside = outside or any(broken)
+        cells = [
+            f"{score.value:.3f} ±{score.standard_error:.3f}{' !' * breaks}"
+            for (_, score), breaks in zip(pairs, broken, strict=True)
+        ]
         if mean:
             cells.append(f"{sum(evaluation.values) / len(evaluation.values):.3f}")
         style = "bold green" if trial.number == view.knee else ("green" if on_front else "dim")
         table.add_row(name, str(trial.number), *cells, style=style, end_section=row == last)
+    if outside:
+        table.caption = f"{table.caption}\n! {bounds_note(view.objectives)}"
     return table
 
 
@@ -228,14 +242,18 @@ def gains_table(view: StudyView) -> Table | None:
         return None
     table = Table(title="The recommended merge against the baselines (paired, held-out items)")
     table.add_column("against")
-    table.add_column("mean gain" if one_unit(view.objectives) else "gain", justify="right")
+    table.add_column("gain" if any(row.objective for row in rows) else "mean gain", justify="right")
     table.add_column("standard error", justify="right")
     table.add_column("beyond 2 standard errors")
     for gain in rows:
         difference = gain.difference
         name = f"{gain.against}, {gain.objective}" if gain.objective else gain.against
-        verdict = "no" if not difference.clear else ("yes" if difference.value > 0 else "worse")
-        table.add_row(name, f"{difference.value:+.3f}", f"{difference.standard_error:.3f}", verdict)
+        error, verdict = f"{difference.standard_error:.3f}", "no"
+        if not difference.comparable:
+            error = verdict = "–"  # nothing was drawn: there is no error to stand outside of
+        elif difference.clear:
+            verdict = "yes" if difference.value > 0 else "worse"
+        table.add_row(name, f"{difference.value:+.3f}", error, verdict)
     return table
 
 
@@ -245,6 +263,8 @@ def run_with_progress(prepared: Prepared, console: Console) -> Finished:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     if prepared.choice:
         console.print(f"searcher: {prepared.choice}", markup=False, highlight=False)
+    if prepared.estimate:
+        console.print(f"estimator: {prepared.estimate}", markup=False, highlight=False)
     pool = prepared.file.pool
 
     def starting() -> None:
@@ -270,9 +290,15 @@ def print_finished(console: Console, finished: Finished) -> None:
     if finished.target is not None and finished.synced is not None:
         command = ui_command(finished.target)
         if command:
+            _command(console, f"evomerge ui {shlex.quote(str(view.directory))}")
+            console.print("  or MLflow's own command:")
             _command(console, command)
-        console.print("  then open", ui_url(finished.target, finished.synced, page="front.html"),
-                      soft_wrap=True, highlight=False)  # fmt: skip
+        for name, url in (
+            ("Pareto page", pareto_url(finished.target, finished.synced)),
+            ("interactive front", ui_url(finished.target, finished.synced, page="front.html")),
+        ):
+            console.print(f"  {'then open the ' if command else ''}{name}:", url,
+                          soft_wrap=True, highlight=False)  # fmt: skip
     if finished.problem:
         console.print(
             f"  MLflow lacks something ({finished.problem}); send it later with:",

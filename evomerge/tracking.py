@@ -21,19 +21,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import InputError, SetupError
+from evomerge.front_frames import frame, frame_steps
 from evomerge.front_page import FrontData, FrontPoint
-from evomerge.front_plot import save_front
+from evomerge.front_plot import front_picture, save_front
+from evomerge.pareto_view import STUDIES, VIEW_TAG, pareto_view, studies_view
 from evomerge.projection import (
     Projection,
     Step,
     artifact_texts,
+    coefficient_params,
     metric_name,
-    study_note,
+    study_metrics,
     trial_metrics,
     trial_params,
     trial_tags,
 )
-from evomerge.tracking_target import Synced, Target
+from evomerge.study_note import study_note
+from evomerge.tracking_target import Synced, Target, is_absent, pareto_page
 from evomerge.trial import Trial, TrialState
 
 if TYPE_CHECKING:
@@ -58,6 +62,8 @@ _SHARE = 0.05
 _RETRY_SECONDS = (5.0, 60.0)
 _METRICS_PER_REQUEST = 1000
 _PARAM_CHARACTERS = 500
+#: Names the chart; MLflow writes the slash as a hash into the names of files.
+_FRAME_KEY = "front/over the trials"
 _STATUSES = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 
 
@@ -78,6 +84,35 @@ def sync(projection: Projection, target: Target) -> Synced:
             f"MLflow at {target.uri} cannot be updated: {_first_line(error)} (start the server or "
             "mend the URI; nothing is lost, what is missing is sent next time)"
         ) from error
+
+
+def find(study: str, target: Target) -> Synced | None:
+    """Return where MLflow shows a study, None where it does not; writes nothing.
+
+    Args:
+        study: identity of the study, as in its projection.
+        target: where it is tracked.
+
+    Raises:
+        SetupError: MLflow cannot be reached.
+    """
+    if is_absent(target):
+        return None
+    client = _client(target.uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client.get_experiment_by_name(target.experiment)
+        if found is None:
+            return None
+        runs = client.search_runs([found.experiment_id], _study_query(study), max_results=1)
+    except (MlflowException, OSError) as error:
+        raise SetupError(f"MLflow at {target.uri} cannot be read: {_first_line(error)}") from error
+    return Synced(str(found.experiment_id), runs[0].info.run_id, 0) if runs else None
+
+
+def _study_query(study: str) -> str:
+    return f"tags.`evomerge.study` = '{study}' and tags.`evomerge.kind` = 'study'"
 
 
 def _first_line(error: Exception) -> str:
@@ -101,6 +136,8 @@ class _Store:
         self._steps = 0
         self._sent = ""  # digest of the artifacts
         self._state = ""
+        self._frames: set[int] = set()  # steps whose picture is there
+        self._has_view = False
 
     def send(self, projection: Projection) -> Synced:
         if not self._run:
@@ -111,7 +148,9 @@ class _Store:
             if trial.state is not TrialState.ASKED:
                 new += self._send_trial(trial, points.get(trial.number), projection.front)
         self._send_steps(projection.steps)
+        self._send_frames(projection)
         self._send_artifacts(projection)
+        self._send_view(projection)
         self._send_state(projection)
         return Synced(self._experiment, self._run, new)
 
@@ -141,8 +180,7 @@ class _Store:
 
     def _open(self, projection: Projection) -> None:
         """Find the study's run and its children, or create the run."""
-        query = f"tags.`evomerge.study` = '{projection.study}' and tags.`evomerge.kind` = 'study'"
-        found = next(self._search(query), None)
+        found = next(self._search(_study_query(projection.study)), None)
         if found is None:
             tags = {"evomerge.study": projection.study, "evomerge.kind": "study"}
             created = self._client.create_run(
@@ -159,6 +197,10 @@ class _Store:
                 if "evomerge.trial" in tags:
                     tags["run_id"] = child.info.run_id
                     self._children[int(tags["evomerge.trial"])] = tags
+            for picture in self._client.list_artifacts(self._run, "images"):
+                key, _, rest = Path(picture.path).name.partition("%step%")
+                if key == _FRAME_KEY.replace("/", "#"):
+                    self._frames.add(int(rest.partition("%")[0]))
         known = {} if found is None else dict(found.data.params)
         self._log(
             self._run,
@@ -169,7 +211,7 @@ class _Store:
 
     def _send_trial(self, trial: Trial, point: FrontPoint | None, front: FrontData) -> int:
         """Create or update the run of one trial; return 1 if it was new."""
-        tags, metrics = trial_tags(trial, point), trial_metrics(trial, point, front)
+        tags, metrics = trial_tags(trial, point, front.knee), trial_metrics(trial, point, front)
         digest = blake2b(repr(sorted(metrics.items())).encode(), digest_size=8).hexdigest()
         # Written last, so that a run without it was interrupted and is sent again.
         tags["evomerge.digest"] = digest
@@ -189,7 +231,7 @@ class _Store:
             run = created.info.run_id
         else:
             run = known["run_id"]
-        if tags["evomerge.front"] == "true" and (known or {}).get("evomerge.front") != "true":
+        if tags["front"] == "true" and (known or {}).get("front") != "true":
             self._client.log_text(run, trial.recipe.to_json(), "recipe.json")
         params = {} if known and "evomerge.digest" in known else trial_params(trial)
         self._log(run, metrics=metrics, params=params, tags=tags)
@@ -218,6 +260,47 @@ class _Store:
             self._client.log_batch(self._run, metrics=batch)
         self._steps = max(self._steps, len(steps))
 
+    def _send_frames(self, projection: Projection) -> None:
+        """Log the front as a picture now and then: MLflow shows them with a slider."""
+        baselines = sum(trial.kind == "baseline" for trial in projection.trials)
+        for step in frame_steps(projection.planned, len(projection.steps), max(1, baselines)):
+            if step in self._frames:
+                continue
+            shown = frame(projection.front, step)
+            if shown.points:
+                milliseconds = projection.steps[step - 1].milliseconds
+                self._client.log_image(
+                    self._run, front_picture(shown), key=_FRAME_KEY, step=step,
+                    timestamp=milliseconds, synchronous=True,
+                )  # fmt: skip
+            self._frames.add(step)
+
+    def _send_view(self, projection: Projection) -> None:
+        """Save the Pareto page and the list of studies as views, once per process."""
+        from mlflow.exceptions import MlflowException
+
+        recipes = [trial.recipe for trial in projection.trials]
+        if self._has_view or not recipes:
+            return
+        self._has_view = True
+        began = int(self._client.get_run(self._run).info.start_time)
+        objectives = [metric_name(objective.name) for objective in projection.front.objectives]
+        params = [metric_name(name) for name in coefficient_params(recipes[-1])]
+        views = {
+            self._run: pareto_view(projection.front.title, self._run, objectives, params, began),
+            STUDIES: studies_view(objectives, began),
+        }
+        tags = self._client.get_experiment(self._experiment).tags
+        try:
+            for key, view in views.items():
+                if tags.get(VIEW_TAG + key) != view:
+                    self._client.set_experiment_tag(self._experiment, VIEW_TAG + key, view)
+        except MlflowException as error:  # not allowed to, or too long for this server
+            logger.warning(
+                "MLflow took no saved view (%s): its Pareto page shows no charts, front.html does",
+                _first_line(error),
+            )
+
     def _send_artifacts(self, projection: Projection) -> None:
         texts = artifact_texts(projection)
         digest = blake2b(repr(sorted(texts.items())).encode(), digest_size=16).hexdigest()
@@ -233,8 +316,12 @@ class _Store:
             ):
                 save_front(projection.front, folder / "front.png")
             self._client.log_artifacts(self._run, name)
-        note = study_note(projection)
-        self._log(self._run, tags={"evomerge.artifacts": digest, "mlflow.note.content": note})
+        link = pareto_page(Synced(self._experiment, self._run, 0))
+        tags = {
+            "mlflow.note.content": study_note(projection, self._run, link),
+            "evomerge.artifacts": digest,
+        }
+        self._log(self._run, metrics=study_metrics(projection.front), tags=tags)
         self._sent = digest
 
     def _send_state(self, projection: Projection) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from evomerge.errors import InputError
+from evomerge.pareto_view import STUDIES
 
 DEFAULT_PORT = 5000
 
@@ -98,9 +99,45 @@ def _artifacts(folder: Path) -> str:
 
 def ui_command(target: Target, port: int = DEFAULT_PORT) -> str:
     """Return the command that opens the UI on a database; empty for a server, which has one."""
-    if target.uri.startswith(("http://", "https://")):
+    if is_server(target):
         return ""
     return f"mlflow ui --backend-store-uri {shlex.quote(target.uri)} --port {port}"
+
+
+def pareto_page(synced: Synced) -> str:
+    """Return the part of the Pareto page's address that follows the server's."""
+    return (
+        f"#/experiments/{synced.experiment_id}/runs?viewStateShareKey={synced.run_id}"
+        "&compareRunsMode=CHART&workflowType=machine_learning"
+    )
+
+
+def studies_url(target: Target, synced: Synced, port: int = DEFAULT_PORT) -> str:
+    """Return the address of the list of studies, with their objectives as columns."""
+    return (
+        f"{_root(target, port)}/#/experiments/{synced.experiment_id}/runs"
+        f"?viewStateShareKey={STUDIES}&compareRunsMode=TABLE&workflowType=machine_learning"
+    )
+
+
+def pareto_url(target: Target, synced: Synced, port: int = DEFAULT_PORT) -> str:
+    """Return the address of the study's Pareto page in the UI."""
+    return f"{_root(target, port)}/{pareto_page(synced)}"
+
+
+def is_server(target: Target) -> bool:
+    """Return whether a tracking server is at ``target``, which has a UI, and no database."""
+    return target.uri.startswith(("http://", "https://"))
+
+
+def is_absent(target: Target) -> bool:
+    """Return whether ``target`` is a database file that does not exist yet."""
+    scheme = "sqlite:///"
+    return target.uri.startswith(scheme) and not Path(target.uri.removeprefix(scheme)).exists()
+
+
+def _root(target: Target, port: int) -> str:
+    return target.uri.rstrip("/") if is_server(target) else f"http://127.0.0.1:{port}"
 
 
 def ui_url(target: Target, synced: Synced, port: int = DEFAULT_PORT, page: str = "") -> str:
@@ -112,9 +149,7 @@ def ui_url(target: Target, synced: Synced, port: int = DEFAULT_PORT, page: str =
         port: that ``ui_command`` was given.
         page: artifact to show, e.g. ``front.html``; empty for the overview.
     """
-    remote = target.uri.startswith(("http://", "https://"))
-    root = target.uri.rstrip("/") if remote else f"http://127.0.0.1:{port}"
     tail = f"/artifacts/{quote(page)}" if page else ""
     run = f"experiments/{synced.experiment_id}/runs/{synced.run_id}{tail}"
     # Without the type MLflow 3 opens its page for chat traces, which shows no runs.
-    return f"{root}/#/{run}?workflowType=machine_learning"
+    return f"{_root(target, port)}/#/{run}?workflowType=machine_learning"

@@ -90,11 +90,12 @@ class Failure:
 
     Attributes:
         kind: ``error`` (exception on the worker), ``crash`` (the worker died), ``timeout``,
-            ``bad_result`` (wrong count or not finite).
+            ``oom`` (out of memory, with half the batch too), ``bad_result`` (wrong count or not
+            finite).
         message: one line for the user.
     """
 
-    kind: Literal["error", "crash", "timeout", "bad_result"]
+    kind: Literal["error", "crash", "timeout", "oom", "bad_result"]
     message: str
 
 

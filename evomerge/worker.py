@@ -9,19 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.errors import ModelError, SetupError
+from evomerge.errors import EvaluationError, ModelError, SetupError
 from evomerge.fitness.goals import GoalSpec, load_fitness
-from evomerge.fitness.protocol import Live
+from evomerge.fitness.protocol import Live, Scorer
 from evomerge.fitness.tasks import TaskSpec
+from evomerge.loading import loading_turn
 from evomerge.memory import available_bytes, neighbours
 from evomerge.merge.change import Change, coefficient_norm
 from evomerge.merge.engine import Engine
 from evomerge.merge.merger import Merger
 from evomerge.merge.residency import Needs, Room, choose
 from evomerge.models import Models, open_models
-from evomerge.pool import one_line
+from evomerge.pool import one_line, out_of_memory
 from evomerge.racing import run_job_items
 from evomerge.recipe import Recipe
+from evomerge.resident import Guard
 from evomerge.trial import Evaluation, Job
 
 if TYPE_CHECKING:
@@ -101,36 +103,103 @@ class ModelWorker:
         auto = scored_class(models.base.config)
         needs = Needs.of(models, spec.dtype)
         self._residency = choose(spec.residency, needs, measured_room(spec, self._device))
-        merger = Merger(models, spec.threads)
-        merger.sources.require_finite()
-        model = _live_model(models, auto, spec.dtype, self._device)
-        tokenizer = load_tokenizer(models.base.directory)
-        self._engine = Engine(merger, model, self._residency)
-        self._engine.require_base()
+        with loading_turn():
+            merger = Merger(models, spec.threads)
+            merger.sources.require_finite()
+            model = live_model(models, auto, spec.dtype, self._device)
+            tokenizer = load_tokenizer(models.base.directory)
+            self._engine = Engine(merger, model, self._residency)
+            self._engine.require_base()
         self._merger, self._model, self._models = merger, model, models
+        self._guard = Guard(model, self._engine.checksum)
         self._recipe: Recipe | None = None
         self._change: Change | None = None
-        fitness = load_fitness(
+        self._tokenizer = tokenizer
+        self._goals = load_fitness(
             spec.tasks, spec.goals, spec.include_paths, spec.data_root, spec.allow_task_code,
             ("base", *(name for name, _ in spec.experts)), spec.margins,
         )  # fmt: skip
-        self._fitness = fitness.attach(
-            Live(model, tokenizer, spec.batch_size, spec.batch_tokens, self._put, self._distance)
-        )
+        self._fitness = self._attached(spec.batch_size, spec.batch_tokens)
+        self._halved: Scorer | None = None  # made when memory runs out for the first time
         self._parameters = models.layout.parameters
 
     def run(self, job: Job) -> Evaluation:
-        """Apply the recipe and score the items."""
-        started = time.perf_counter()
-        self._apply(job.recipe)
-        merged = time.perf_counter()
-        scores = run_job_items(job, self._fitness.score)
-        seconds = {"merge": merged - started, "score": time.perf_counter() - merged}
-        return Evaluation(scores, seconds)
+        """Apply the recipe and score the items; with half the batch where memory runs out.
+
+        Raises:
+            EvaluationError: the weights changed while they were scored, twice.
+        """
+        self._require_sound()
+        try:
+            return self._measured(job, self._fitness)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            _LOG.warning("job %d: out of memory; once more with half the batch", job.number)
+        self._free()
+        if self._halved is None:
+            from evomerge.fitness.text_scores import TOKENS
+
+            spec = self._spec
+            self._put("base")
+            self._halved = self._attached(
+                max(1, spec.batch_size // 2), max(1, (spec.batch_tokens or TOKENS) // 2)
+            )
+        try:
+            return self._measured(job, self._halved)
+        finally:
+            self._free()
+
+    def _measured(self, job: Job, scorer: Scorer) -> Evaluation:
+        for _ in range(2):
+            started = time.perf_counter()
+            self._apply(job.recipe)
+            merged = time.perf_counter()
+            scores = run_job_items(job, scorer.score)
+            seconds = {"merge": merged - started, "score": time.perf_counter() - merged}
+            if self._guard.intact():
+                return Evaluation(scores, seconds)
+            _LOG.warning("job %d: the weights changed while they were scored", job.number)
+            self._engine.forget()
+        raise EvaluationError(
+            "the weights in memory changed while they were scored, twice in a row; the memory of "
+            "this machine may be failing"
+        )
+
+    def _require_sound(self) -> None:
+        """Make anew what is not as it was left: the live model, or everything."""
+        if not self._guard.intact():
+            _LOG.warning("the live model changed between two trials; it is merged anew")
+            self._engine.forget()
+        if not self._guard.full_due():
+            return
+        if not self._guard.sources_intact():
+            _LOG.warning("base or experts changed in memory; the models are loaded again")
+            spec = self._spec
+            self.__dict__.clear()  # the memory must be free before it is needed again
+            release_memory()
+            ModelWorker.__init__(self, spec)
+        elif self._recipe is not None:
+            before = self._guard.total()
+            self._engine.forget()
+            self._apply(self._recipe)
+            if self._guard.total() != before:
+                _LOG.warning("the live model was not what its recipe says; it was merged anew")
+
+    def _free(self) -> None:
+        """Give back what a failed scoring left behind; trust no weights after it."""
+        self._engine.forget()
+        release_memory()
+
+    def _attached(self, batch_size: int, batch_tokens: int | None) -> Scorer:
+        return self._goals.attach(
+            Live(self._model, self._tokenizer, batch_size, batch_tokens, self._put, self._distance)
+        )
 
     def _apply(self, recipe: Recipe) -> None:
         """Write a merge into the live model."""
         self._engine.apply(recipe)
+        self._guard.mark()
         self._recipe = recipe
 
     def _put(self, name: str) -> None:
@@ -170,6 +239,17 @@ class ModelWorker:
             **self._fitness.facts(),
             "parameters": str(self._parameters),
         }
+
+
+def release_memory() -> None:
+    """Return what nobody uses any more to the device and the machine."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def measured_room(spec: ModelWorkerFactory, device: torch.device) -> Room:
@@ -265,7 +345,7 @@ def load_tokenizer(directory: Path) -> Any:
         ) from error
 
 
-def _live_model(models: Models, auto: str, dtype: str, device: torch.device) -> torch.nn.Module:
+def live_model(models: Models, auto: str, dtype: str, device: torch.device) -> torch.nn.Module:
     """Return the base as a transformers model in evaluation mode."""
     import torch
     import transformers

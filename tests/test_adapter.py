@@ -266,12 +266,82 @@ def test_fingerprint_covers_weights_and_scaling(
             second, second.parent / "copy")))])  # fmt: skip
 
 
+class TestSavedModules:
+    """``modules_to_save``: tensors that stand whole in an adapter."""
+
+    NORM = "base_model.model.model.norm.weight"
+    EMBED = "base_model.model.model.embed_tokens.weight"
+    HEAD = "base_model.model.lm_head.weight"
+
+    def test_they_replace_the_bases(self, llama_family: Family, save_adapter: SaveAdapter) -> None:
+        base, _ = llama_family(tied=False)
+        adapter = save_adapter(
+            extra={self.NORM: (16,), self.HEAD: (32, 16)},
+            modules_to_save=["model.norm", "lm_head"],
+        )
+        models = open_models(str(base), [("lora", str(adapter))])
+        sources = Sources(models)
+        assert (values(sources, "model.norm.weight", 0) == 1.0).all()
+        assert (values(sources, "lm_head.weight", 0) == 1.0).all()
+        name = "model.layers.0.self_attn.q_proj"
+        expected = fold_by_hand(adapter, name, values(sources, f"{name}.weight", None), 7 / 3)
+        np.testing.assert_array_equal(values(sources, f"{name}.weight", 0), expected)
+        other = "model.embed_tokens.weight"
+        np.testing.assert_array_equal(values(sources, other, 0), values(sources, other, None))
+
+    def test_they_count_for_the_fingerprint(
+        self, llama_family: Family, save_adapter: SaveAdapter
+    ) -> None:
+        base, _ = llama_family()
+        norm = {self.NORM: (16,)}
+        saved = save_adapter("a", extra=norm, modules_to_save=["norm"])
+        plain = save_adapter("b")
+        opened = open_models(str(base), [("a", str(saved)), ("b", str(plain))])
+        assert opened.experts[0].fingerprint != opened.experts[1].fingerprint
+
+    def test_a_tied_head_is_the_embeddings_copy(
+        self, llama_family: Family, save_adapter: SaveAdapter
+    ) -> None:
+        base, _ = llama_family()
+        both = {self.EMBED: (32, 16), self.HEAD: (32, 16)}
+        names = ["embed_tokens", "lm_head"]
+        adapter = save_adapter("a", extra=both, modules_to_save=names)
+        sources = Sources(open_models(str(base), [("lora", str(adapter))]))
+        assert (values(sources, "model.embed_tokens.weight", 0) == 1.0).all()
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        save_file(tensors | {self.HEAD: 2 * tensors[self.HEAD]},
+                  adapter / "adapter_model.safetensors")  # fmt: skip
+        alone = save_adapter("b", extra={self.EMBED: (32, 16)}, modules_to_save=names[:1])
+        for untied in (adapter, alone):
+            with pytest.raises(ModelError, match="saves embedding and head as two, the base ties"):
+                open_models(str(base), [("lora", str(untied))])
+
+    @pytest.mark.parametrize(
+        ("extra", "modules", "problem"),
+        [
+            ({}, ["lm_head"], "modules_to_save names lm_head, whose weights are not in"),
+            ({NORM: (17,)}, ["norm"], r"model\.norm\.weight is F32 17, the base has 16"),
+            ({"base_model.model.score.weight": (2, 16)}, ["score"],
+             r"the adapter saves score\.weight, which the base does not have"),
+            ({NORM: (16,)}, None, r"model\.norm\.weight is no factor of plain LoRA"),
+            ({NORM: (16,)}, "norm", "modules_to_save is no list of names"),
+        ],
+    )  # fmt: skip
+    def test_what_does_not_fit_is_named(
+        self, llama_family: Family, save_adapter: SaveAdapter,
+        extra: dict[str, tuple[int, ...]], modules: Any, problem: str,
+    ) -> None:  # fmt: skip
+        base, _ = llama_family()
+        adapter = save_adapter(extra=extra, modules_to_save=modules)
+        with pytest.raises(ModelError, match=problem):
+            open_models(str(base), [("lora", str(adapter))])
+
+
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
         ({"use_dora": True}, "uses DoRA"),
         ({"bias": "all"}, "uses trained biases"),
-        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
         ({"target_parameters": ["experts.w1"]}, "uses target_parameters"),
         ({"trainable_token_indices": [1]}, "uses trainable_token_indices"),
         ({"init_lora_weights": "pissa_niter_4"}, "uses init_lora_weights: pissa_niter_4"),

@@ -31,8 +31,8 @@ def call(
 
 
 VERBS = (
-    "demo", "init", "check", "run", "front", "export", "merge", "directions", "bench", "calibrate",
-    "status", "list", "schema", "sync",
+    "demo", "init", "check", "run", "submit", "logs", "stop", "front", "export", "merge",
+    "directions", "bench", "calibrate", "status", "list", "schema", "sync",
 )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def test_every_verb_teaches(
         (["front", "nowhere"], "nowhere: neither a study file nor a study directory"),
         (
             ["export", "x", "--out", "y"],
-            "choose exactly one of --knee, --best OBJECTIVE, --trial",
+            "choose exactly one of --pick HOW, --knee, --best OBJECTIVE, --trial",
         ),
         (["export", "x", "--knee", "--trial", "3", "--out", "y"], "choose exactly one of"),
         (["list", "method"], "Invalid value for"),

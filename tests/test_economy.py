@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from evomerge import launch
 from evomerge.config import load
 from evomerge.errors import StudyFileError
 from evomerge.facts import front_facts, plan_facts, plan_lines, status_facts, status_lines
+from evomerge.journal import Journal
 from evomerge.prepare import Prepared, prepare
 from evomerge.study_view import StudyState, StudyView
 from evomerge.worker import ModelWorker
@@ -93,6 +95,27 @@ def test_racing_and_a_budget_in_items(copy: Path, scored: Counter[tuple[str, int
     assert not scored
 
 
+def test_halving_from_the_study_file(copy: Path, scored: Counter[tuple[str, int, str]]) -> None:
+    halving = "search.racing={rule: halving, rungs: [10, 20], eta: 4}"
+    settings = (ITEMS, halving, "search.searcher=nsga2", "search.trials=16")
+    lines = plan_lines(prepared(copy, *settings))["search"]
+    assert "the best 1/4 go on after 10, 20 items" in lines
+    assert plan_facts(prepared(copy, *settings))["search"]["racing"] == {
+        "rule": "halving", "rungs": [10, 20], "eta": 4, "bracket": 16,
+    }  # fmt: skip
+    view = run(copy, *settings)
+    rungs = Counter(view.results["search", t.number].rung for t in view.trials if not t.label)
+    assert rungs[10] == 12, "a generation of 16, of which 4 go on"
+    assert rungs[20] + rungs[None] == 4, "and then 1; others may be known in full, as baselines"
+    assert rungs[20] and rungs[None]
+    assert set(scored.values()) == {1}, "an item was scored twice"
+    assert view.spending.scored == scored.total()
+    assert len(view.validation) > 5, "finalists that were left behind have been completed"
+    scored.clear()
+    assert run(copy, *settings).front == view.front
+    assert not scored
+
+
 def test_fresh_items_for_every_generation(copy: Path, scored: Counter[Any]) -> None:
     view = run(copy, RESAMPLED, "search.searcher=nsga2", "search.trials=16")
     sets = Counter(view.items_of("search", t.number) for t in view.trials if t.kind == "search")
@@ -150,6 +173,15 @@ def test_constraints_come_from_the_study_file(copy: Path) -> None:
         (("search.racing={rungs: [20, 10]}",), "search.racing: rungs must ascend from 10 or more"),
         (("search.racing={rungs: [5]}",), "search.racing: rungs must ascend from 10 or more"),
         (("search.racing={rung: [20]}",), "search.racing.rung: unknown key (did you mean 'rungs'"),
+        (("search.racing={eta: 3}",), "search.racing: eta means nothing to rule: front"),
+        (
+            ("search.racing={rule: halving, z: 2}",),
+            "search.racing: z means nothing to rule: halving",
+        ),
+        (
+            ("search.racing={rule: halving}", "search.order=completion"),
+            "search: racing.rule: halving needs order: ask",
+        ),
         (("fitness.items.policy=resampled",), "policy: resampled needs per_trial"),
         (("fitness.items.per_trial=5",), "per_trial and every need policy: resampled"),
         (
@@ -211,3 +243,16 @@ def test_margins_of_generated_answers_are_asked_for_only_where_an_estimator_uses
     assert asked("{name: soft_reg, items: 5}")
     assert asked("{name: ppi, items: 5}")
     assert asked("{name: mean, items: 5, design: d_optimal_margins}")
+
+
+def test_a_study_goes_on_with_the_batch_size_that_it_began_with(copy: Path) -> None:
+    plan = prepared(copy, ITEMS, "fitness.batch_tokens=auto", "search.trials=1")
+    assert plan.file.fitness.batch_tokens is None
+    launch.run(plan, [])
+    with Journal(plan.directory) as journal:
+        journal.append("pool", facts={"batch_tokens": "2048"})
+    assert launch.with_recorded_batch(plan, plan.factory) == replace(
+        plan.factory, batch_tokens=2048
+    )
+    given = prepared(copy, ITEMS, "fitness.batch_tokens=512", "search.trials=1")
+    assert launch.with_recorded_batch(given, given.factory) is given.factory

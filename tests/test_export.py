@@ -66,8 +66,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory, view: StudyView, models: 
 class TestContents:
     def test_holds_what_a_checkpoint_needs_and_nothing_else(self, exported: Exported) -> None:
         assert exported.files == (
-            "README.md", "config.json", "evomerge_recipe.json", "evomerge_samples.json",
-            "evomerge_scores.json", "generation_config.json", "mergekit_config.yml",
+            "README.md", "SHA256SUMS", "config.json", "evomerge_recipe.json",
+            "evomerge_samples.json", "evomerge_scores.json",
+            "generation_config.json", "mergekit_config.yml",
             "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         )  # fmt: skip
         assert exported.bytes == sum(p.stat().st_size for p in exported.out.iterdir())
@@ -174,6 +175,74 @@ class TestCard:
         yml = (exported.out / "mergekit_config.yml").read_text()
         assert yml in card.text
         assert "expert one" in card.text
+
+    def test_measured_scores_are_a_model_index(self, exported: Exported, view: StudyView) -> None:
+        """Read by huggingface_hub, and written by it to the same front matter."""
+        import yaml
+        from huggingface_hub import EvalResult, ModelCard
+        from huggingface_hub.repocard_data import (
+            eval_results_to_model_index,
+            model_index_to_eval_results,
+        )
+
+        card = ModelCard.load(exported.out / "README.md")  # raises on a wrong model-index
+        results = card.data.eval_results
+        assert results is not None
+        assert card.data.model_name == "merged"
+        assert all(isinstance(one, EvalResult) for one in results)
+        found = {(one.dataset_type, one.dataset_split): one.metric_value for one in results}
+        expected: dict[tuple[str, str], float] = {}
+        for split, scores in (
+            ("search", view.told(exported.trial)),
+            ("validation", view.validation[exported.trial]),
+            ("test", view.test[exported.trial]),
+        ):
+            expected |= {
+                (name, split): value
+                for name, value in zip(("reverse", "sort"), scores.values, strict=True)
+            }
+        assert found == expected
+        names = [one.dataset_name for one in results]
+        assert names[0] == "reverse, search items (the search optimised these)"
+        assert names[-1] == "sort, test items (held out)"
+        text = (exported.out / "README.md").read_text().split("---\n")[1]
+        index = yaml.safe_load(text)["model-index"]
+        assert index == eval_results_to_model_index("merged", results)
+        assert model_index_to_eval_results(index) == ("merged", results)
+
+    def test_objectives_of_one_task_are_metrics_of_one_result(
+        self, tmp_path: Path, view: StudyView, models: Models
+    ) -> None:
+        from huggingface_hub import ModelCard
+
+        scoring = replace(SCORING, tasks=("reverse", "reverse"), metrics=("acc", "acc_norm"))
+        export(view, choose(view), models, tmp_path / "m", scoring)
+        data = ModelCard.load(tmp_path / "m" / "README.md").data.to_dict()
+        results = data["model-index"][0]["results"]
+        assert [one["dataset"]["split"] for one in results] == ["search", "validation", "test"]
+        assert [one["type"] for one in results[0]["metrics"]] == ["acc", "acc_norm"]
+
+    def test_the_licence_comes_from_the_models(
+        self, tmp_path: Path, view: StudyView, models: Models
+    ) -> None:
+        from huggingface_hub import ModelCard
+
+        opened = []
+        for one, licence in zip(
+            (models.base, *models.experts), ("mit", "apache-2.0", "mit", "mit"), strict=True
+        ):
+            shutil.copytree(one.directory, tmp_path / one.name)
+            (tmp_path / one.name / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+            opened.append(replace(one, directory=tmp_path / one.name))
+        licensed = replace(models, base=opened[0], experts=tuple(opened[1:]))
+        export(view, choose(view), licensed, tmp_path / "m")
+        card = ModelCard.load(tmp_path / "m" / "README.md")
+        assert card.data.license == "apache-2.0"
+        assert "one: apache-2.0, two: mit, three: mit); apache-2.0 is the strictest." in card.text
+        export(view, choose(view), models, tmp_path / "n")
+        card = ModelCard.load(tmp_path / "n" / "README.md")
+        assert card.data.license == "unknown"
+        assert "The licence of base, one, two, three is not known" in card.text
 
     def test_only_hub_models_are_base_models(self) -> None:
         sources = {"base": "o/base@v1", "one": "./one", "two": "o/two", "three": "o/base"}
@@ -404,7 +473,7 @@ class TestNotes:
         assert len(scores["reproduce"]["commands"]) == 2
         assert scores["reproduce"]["notes"] == list(result.notes)
         card = (tmp_path / "m" / "README.md").read_text()
-        assert len(result.notes) == 2
+        assert len(result.notes) == 3  # and where the tokenizer comes from
         assert all(note in card for note in result.notes)
         assert "CANARY" not in card
 
@@ -423,6 +492,15 @@ class TestPublicSources:
     def test_a_hub_model_is_named_by_its_id(self, models: Models) -> None:
         hub = replace(models.base, source="owner/base@v1")
         assert public_sources([hub, models.base]) == ("owner/base@v1", "./base")
+
+    def test_a_hub_model_is_named_by_the_commit_that_was_read(
+        self, models: Models, tmp_path: Path
+    ) -> None:
+        """A branch can move before the recipe is repeated elsewhere."""
+        snapshot = tmp_path / "models--owner--base" / "snapshots" / ("0a" * 20)
+        hub = replace(models.base, source="owner/base@main", directory=snapshot)
+        assert public_sources([hub]) == (f"owner/base@{'0a' * 20}",)
+        assert hub_ids({"base": public_sources([hub])[0]}) == ["owner/base"]
 
     def test_directories_of_one_name_are_told_apart(self, models: Models, tmp_path: Path) -> None:
         """math/final and code/final were both ./final."""

@@ -22,7 +22,8 @@ from evomerge.config import PoolSection, load
 from evomerge.contract import differences
 from evomerge.errors import InputError, Interrupted, ModelError, StudyFileError
 from evomerge.export import Exported
-from evomerge.facts import export_facts, export_lines, front_rows, status_facts, status_lines
+from evomerge.facts import export_facts, export_lines, status_facts, status_lines
+from evomerge.gain import front_rows
 from evomerge.launch import Finished
 from evomerge.memory import available_bytes
 from evomerge.models import open_models

@@ -240,5 +240,5 @@ def test_study_without_tasks_runs_and_says_that_lm_eval_cannot_repeat_it(
     take_home.export_trial(view, best=None, trial=best, out=tmp_path / "out", shards="1GB")
     told = json.loads((tmp_path / "out" / "evomerge_scores.json").read_text())
     note = "lm_eval has no number for distance_l1, kl_base: `evomerge` alone computes it."
-    assert told["reproduce"]["notes"] == [note]
+    assert note in told["reproduce"]["notes"]
     assert note in (tmp_path / "out" / "README.md").read_text()

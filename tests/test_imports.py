@@ -18,29 +18,57 @@ HEAVY = {"torch", "transformers", "ray", "mlflow", "nevergrad", "pymoo", "lm_eva
 LEVELS = (
     ("errors",),
     ("pareto", "blocks", "layout", "strict_yaml", "checkpoint", "atomic_directory", "memory"),
+    ("loading",),
     ("recipe", "model_settings", "adapter", "models"),
-    ("trial", "space", "journal", "estimate", "item_cache", "racing"),
+    ("trial", "space", "driver_lock", "journal", "estimate", "item_cache", "racing", "halving"),
     ("merge", "fitness", "search"),
-    ("worker", "pool", "ray_pool", "interrupt", "testing", "testing_pool"),
-    ("feasibility", "contract"),
-    ("study_record", "valuation", "items", "evaluations", "study_view", "comparison"),
-    ("choosing", "telling", "references"),
     (
+        "worker",
+        "resident",
+        "pool",
+        "patience",
+        "spool",
+        "ray_session",
+        "ray_pool",
+        "interrupt",
+        "testing",
+        "testing_pool",
+    ),
+    ("feasibility", "contract"),
+    ("items", "window", "study_record", "valuation", "evaluations", "study_view", "comparison"),
+    ("choosing", "telling", "references", "brackets"),
+    (
+        "gain",
+        "coverage",
+        "plain_page",
+        "coefficient_page",
         "study_listener",
         "study_run",
         "study",
         "scoring",
         "front_page",
         "front_plot",
+        "front_frames",
+        "pareto_view",
+        "study_note",
         "front_table",
         "presentation",
         "projection",
     ),
     (
         "tracking_target",
+        "ui_server",
         "tracking",
         "mergekit_yaml",
+        "picking",
+        "licences",
+        "checksums",
+        "tokenizer_source",
+        "model_search",
+        "lora",
+        "hub",
         "model_card",
+        "export_documents",
         "export",
         "one_shot",
         "directions",
@@ -49,6 +77,8 @@ LEVELS = (
     (
         "estimation",
         "economy",
+        "default_estimator",
+        "advice",
         "fitness_file",
         "capacity",
         "starting",
@@ -56,12 +86,25 @@ LEVELS = (
         "direction_grams",
         "prepare",
         "template",
+        "mergekit_evolve",
         "catalogue",
     ),
-    ("take_home", "savings", "facts", "launch", "bench", "calibration"),
+    (
+        "rescoring",
+        "verification",
+        "take_home",
+        "savings",
+        "facts",
+        "extension",
+        "replay",
+        "launch",
+        "bench",
+        "calibration",
+    ),
+    ("submission", "jobs"),
     ("terminal", "byte_progress"),
-    ("demo_pool", "demo", "cli_arguments", "cli_calibrate"),
-    ("cli_launch", "cli_look", "cli_take_home", "cli", "__main__"),
+    ("demo_pool", "demo", "cli_arguments", "cli_calibrate", "cli_cluster"),
+    ("cli_launch", "cli_look", "cli_take_home", "cli_durable", "cli_ui", "cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
@@ -112,7 +155,9 @@ def test_search_fitness_and_merge_do_not_know_each_other() -> None:
 @pytest.mark.parametrize("library", sorted(HEAVY - {"torch", "transformers"}))
 def test_one_module_per_heavy_library(library: str) -> None:
     users = {p.name for p in modules() if library in {i.split(".")[0] for i in imports(p)}}
-    assert len(users) <= 1, users
+    # A client of Ray Jobs is no member of a cluster: two seams, which never meet.
+    known = {"ray": {"ray_session.py", "jobs.py"}}.get(library)
+    assert users == known if known else len(users) <= 1, users
 
 
 def test_package_and_help_load_nothing_heavy() -> None:

@@ -165,7 +165,7 @@ class TestCommand:
         )
         assert code == 2
         for option in ("--base DIR", "--expert math=DIR", "--expert code=DIR"):
-            assert f"(say where it is: {option})" in err
+            assert f"(say where it is: {option}, or --models FOLDER to find it by its" in err
         moved = [
             "--base", home / "origin", "--expert", f"math={home / 'my-math'}",
             "--expert", f"code={home / 'my-code'}",
@@ -182,8 +182,8 @@ def test_equals_the_writer_and_carries_the_companions(home: Path, tmp_path: Path
     name = "model.safetensors"
     assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "w" / name).read_bytes()
     assert merged.files == (
-        "config.json", "evomerge_recipe.json", "generation_config.json", "mergekit_config.yml",
-        "model.safetensors", "tokenizer_config.json",
+        "SHA256SUMS", "config.json", "evomerge_recipe.json", "generation_config.json",
+        "mergekit_config.yml", "model.safetensors", "tokenizer_config.json",
     )  # fmt: skip
     for path in (tmp_path / "m").iterdir():
         assert str(home).encode() not in path.read_bytes(), path.name

@@ -91,7 +91,10 @@ def require_cover(layout: Layout, spec: str) -> list[int]:
     return sizes
 
 
-@given(layouts, st.sampled_from(["model", "layer", "module", "tensor", "chunk(1)", "chunk(3)"]))
+@given(
+    layouts,
+    st.sampled_from(["model", "layer", "layers(2)", "module", "tensor", "chunk(1)", "chunk(3)"]),
+)
 def test_every_row_lies_in_one_block(layout: Layout, spec: str) -> None:
     assert sum(require_cover(layout, spec)) == layout.parameters
 
@@ -201,7 +204,7 @@ def test_a_chunk_may_span_slots_and_never_cuts_a_row() -> None:
         ("layer(2)", "layer takes no number, got 'layer(2)' (write layer)"),
         ("chnk(3)", "unknown 'chnk(3)' (did you mean 'chunk(n)'?)"),
         ("importence(50)", "unknown 'importence(50)' (did you mean 'importance(n)'?)"),
-        ("rows", "(choose from: allot(i,j,...), chunk(n), importance(n), layer, model, module"),
+        ("rows", "(choose from: allot(i,j,...), chunk(n), importance(n), layer, layers(n), model"),
     ],
 )
 def test_malformed_partitions_say_what_is_right(spec: str, problem: str) -> None:
@@ -237,9 +240,20 @@ def test_blanks_and_zeros_in_a_spec_do_not_make_another_partition() -> None:
     assert resolve_partition(" layer ", layout, lambda: never) == "layer"
 
 
+def test_layers_go_together_with_their_ends() -> None:
+    layout = make_layout(5, 4, 6, tied=False)
+    cut = partition(layout, "layers(2)")
+    assert cut.blocks == ("layers.0-1", "layers.2-3", "layers.4-4")
+    found = {layout.slots[span.slot].name: cut.blocks[span.block] for span in cut.spans}
+    assert found["model.embed_tokens.weight"] == "layers.0-1"
+    assert found["model.norm.weight"] == found["lm_head.weight"] == "layers.4-4"
+    for layer in range(5):
+        assert found[f"model.layers.{layer}.mlp.up_proj.weight"] == cut.blocks[layer // 2]
+
+
 def test_the_catalogue_names_every_form() -> None:
     assert [name.partition("(")[0] for name in PARTITIONS] == [
-        "model", "layer", "module", "tensor", "chunk", "importance", "allot",
+        "model", "layer", "layers", "module", "tensor", "chunk", "importance", "allot",
     ]  # fmt: skip
 
 

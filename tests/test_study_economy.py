@@ -31,6 +31,7 @@ from toy_study import (
 from evomerge.errors import InputError, ReplayError
 from evomerge.estimate import Answers, Endpoint, Estimate, Estimation, mean_of
 from evomerge.feasibility import best_rows, violation
+from evomerge.halving import Halving
 from evomerge.item_cache import Items
 from evomerge.items import Resampled, TrialItems, drawn
 from evomerge.journal import JOURNAL, read
@@ -84,6 +85,14 @@ FEATURES: dict[str, dict[str, Any]] = {
     "constrained": {
         "objectives": (replace(OBJECTIVES[0], minimum=-0.2), OBJECTIVES[1]),
         "racing": Racing((10, 20)),
+    },
+    "halving": {"racing": Halving((10, 20))},
+    "halved brackets": {"racing": Halving((5, 10), 3, bracket=4), "resampled": Resampled(15)},
+    "halved budget": {"budget": None, "item_budget": 600, "racing": Halving((5, 10))},
+    "estimated halving": {
+        "estimation": Estimation("shrunk", partial(prepare, n=20), full_every=4),
+        "racing": Halving((10, 15)),
+        "graded": True,
     },
     "infeasible": {"objectives": (OBJECTIVES[0], replace(OBJECTIVES[1], maximum=-1.0))},
 }  # fmt: skip
@@ -326,7 +335,7 @@ def test_a_budget_of_items_is_never_exceeded_and_reuse_is_free(
 def test_a_search_that_only_repeats_itself_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evomerge.study_run.FREE_IN_A_ROW", 12)
+    monkeypatch.setattr("evomerge.window.FREE_IN_A_ROW", 12)
     one = lambda x: toy_study(tmp_path / "x").decode((0.5,) * 4)  # noqa: E731
     view = study(tmp_path / "s", "budget", decode=one).run()
     assert view.state is StudyState.FINISHED

@@ -79,7 +79,7 @@ def artifacts(target: Target, run: str) -> dict[str, str]:
                 folders.append(entry.path)
             else:
                 path = Path(mlflow.download_artifacts(run, entry.path))
-                binary = path.suffix == ".png"
+                binary = path.suffix in (".png", ".webp")
                 texts[entry.path] = str(path.stat().st_size) if binary else path.read_text()
     return texts
 
@@ -109,7 +109,9 @@ class TestSync:
         )
         for run, trial in zip(runs, view.trials, strict=True):
             front = "true" if trial.number in view.front else "false"
-            assert run.data.tags["evomerge.front"] == front
+            assert run.data.tags["front"] == front
+            assert run.data.tags["knee"] == ("true" if trial.number == view.knee else "false")
+            assert run.data.tags["baseline"] == ("true" if trial.label else "false")
             assert run.data.tags.get("evomerge.label", "") == trial.label
             if trial.evaluation is None:
                 assert run.info.status == "FAILED"
@@ -126,7 +128,10 @@ class TestSync:
         synced = sync(project(view), target)
         found = artifacts(target, synced.run_id)
         members = {f"recipes/{number}.json" for number in view.front}
-        assert set(found) == {"front.html", "front.csv", "front.png", STUDY_FILE, *members}
+        pictures = {name for name in found if name.startswith("images/")}
+        assert set(found) - pictures == {
+            "front.html", "front.csv", "front.png", "coefficients.html", STUDY_FILE, *members,
+        }  # fmt: skip
         assert int(found["front.png"]) > 10_000
         for number in view.front:
             recipe = json.loads(found[f"recipes/{number}.json"])
@@ -178,7 +183,7 @@ class TestSync:
         )
         sync(replace(whole, front=replace(whole.front, points=points)), target)
         run = children(target, synced)[number]
-        assert run.data.tags["evomerge.front"] == "false"
+        assert run.data.tags["front"] == "false"
         assert run.data.metrics["front"] == 0.0
 
     def test_a_failed_trial_that_was_run_again_is_replaced(

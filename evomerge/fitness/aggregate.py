@@ -89,6 +89,57 @@ class Aggregate:
             total = missing * math.fsum((v - middle) ** 2 for v in values) / (missing - 1)
         return math.fsum(values) / len(values), math.sqrt(total) / len(values) * shrink
 
+    def effects(self, ids: Sequence[str], scores: Sequence[float]) -> tuple[float, ...]:
+        """Return by how much each item moves the value, to first order [n].
+
+        The sum of their squares is the squared standard error of ``estimate`` without a finite
+        population, but for strata with a single item, whose effect is 0. They are linear: the
+        effects of a difference of two values on the same items are the differences of the effects
+        (the delta method for paired samples; infinitesimal jackknife, Jaeckel 1972).
+
+        Args:
+            ids: of the items [n], n >= 1.
+            scores: of the items [n].
+
+        Raises:
+            EvaluationError: the value is too large to be a number.
+        """
+        groups: dict[str, list[int]] = {}
+        for place, item in enumerate(ids):
+            groups.setdefault(self.strata[item] if self.strata else "", []).append(place)
+        effects = [0.0] * len(scores)
+        values = {}
+        for name, places in groups.items():
+            own = [scores[place] for place in places]
+            w = [self.weights[ids[place]] if self.weights else 1.0 for place in places]
+            total, n = math.fsum(w), len(own)
+            mean = math.fsum(a * b for a, b in zip(w, own, strict=True)) / total
+            values[name], slope = self._linked(mean)
+            scale = slope * math.sqrt(n / (n - 1)) / total / len(groups) if n > 1 else 0.0
+            for place, weight, score in zip(places, w, own, strict=True):
+                effects[place] = scale * weight * (score - mean)
+        if 1 < len(groups) == len(ids):  # single items everywhere: the strata are the sample
+            middle = math.fsum(values.values()) / len(groups)
+            scale = 1 / math.sqrt(len(groups) * (len(groups) - 1))
+            for name, places in groups.items():
+                effects[places[0]] = scale * (values[name] - middle)
+        return tuple(effects)
+
+    def of_single_items(self, ids: Sequence[str], effects: Sequence[float]) -> float:
+        """Return the variance that strata with a single item add to the squares of effects.
+
+        They are taken to spread as the items of the other strata do; see ``estimate``.
+
+        Args:
+            ids: of the items [n].
+            effects: of the items [n], or differences of such.
+        """
+        groups: dict[str, list[float]] = {}
+        for item, effect in zip(ids, effects, strict=True):
+            groups.setdefault(self.strata[item] if self.strata else "", []).append(effect)
+        known = [len(own) * math.fsum(e**2 for e in own) for own in groups.values() if len(own) > 1]
+        return (len(groups) - len(known)) * math.fsum(known) / len(known) if known else 0.0
+
     def _moments(self, ids: Sequence[str], scores: Sequence[float]) -> tuple[float, float | None]:
         """Return the weighted mean and its variance, None for a single item, which has none."""
         n = len(scores)

@@ -53,6 +53,11 @@ class Composite:
         return tuple(chain.from_iterable(part.sources for part in self.parts))
 
     @property
+    def ungraded(self) -> tuple[str, ...]:
+        """Why an objective has no margins [m]; empty where each of its items has one."""
+        return tuple(chain.from_iterable(part.ungraded for part in self.parts))
+
+    @property
     def digest(self) -> str:
         """Identity of all parts; of a single one its own."""
         if len(self.parts) == 1:

@@ -282,6 +282,11 @@ class PythonGoal:
         return (self.spec.items,)
 
     @property
+    def ungraded(self) -> tuple[str, ...]:
+        """A function returns item scores and nothing else."""
+        return ("it is a Python function",)
+
+    @property
     def digest(self) -> str:
         """Identity: the code of the file, and the items."""
         return _digest("python", self.function, self.code, self.items)
@@ -331,6 +336,11 @@ class TextGoals:
         return (self.specs[0].text,) * len(self.specs)
 
     @property
+    def ungraded(self) -> tuple[str, ...]:
+        """Nothing on plain text is right or wrong [m]."""
+        return ("it is measured on plain text",) * len(self.specs)
+
+    @property
     def digest(self) -> str:
         """Identity: what is computed, and the texts."""
         settings = [
@@ -372,6 +382,11 @@ class DistanceGoal:
     def sources(self) -> tuple[str | None, ...]:
         """Nothing is drawn."""
         return (None,)
+
+    @property
+    def ungraded(self) -> tuple[str, ...]:
+        """It has no items."""
+        return ("it is a property of the weights",)
 
     @property
     def digest(self) -> str:

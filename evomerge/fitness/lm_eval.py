@@ -27,6 +27,7 @@ from evomerge.errors import InputError, TaskError
 from evomerge.fitness.aggregate import Aggregate
 from evomerge.fitness.columns import Columns, GroupMetric, Opened, joint
 from evomerge.fitness.groups import complete, is_group, is_tag, leaves
+from evomerge.fitness.margins import ungraded
 from evomerge.fitness.measures import choices_of
 from evomerge.fitness.offline import hub_or_offline, reachable, silent_datasets
 from evomerge.fitness.protocol import Live
@@ -142,6 +143,19 @@ class LmEvalTasks:
                 _tasks=tuple(columns.tasks),
                 _templates=templates,
             )
+
+    @property
+    def ungraded(self) -> tuple[str, ...]:
+        """Why an objective has no margins [m]; empty where each of its items has one."""
+
+        def reason(column: Column) -> str:
+            try:
+                return ungraded(column, self._tasks)
+            except _TASK_FAULTS as error:
+                return f"its reference answers cannot be made ({type(error).__name__}: {error})"
+
+        with _lm_eval(self._templates, logging.ERROR):
+            return tuple(map(reason, self._columns))
 
     def attach(self, live: Live) -> LmEvalFitness:
         """Return what scores a live model; see ``bind``."""

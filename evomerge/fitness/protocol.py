@@ -90,6 +90,11 @@ class Fitness(Protocol):
         ...
 
     @property
+    def ungraded(self) -> tuple[str, ...]:
+        """Why an objective has no margins [m]; empty where each of its items has one."""
+        ...
+
+    @property
     def digest(self) -> str:
         """Identity of what is asked and how it is scored; not of where it lies."""
         ...

@@ -154,6 +154,11 @@ class DeviceSources:
                 f"{str(error).splitlines()[0]} (use residency: host or disk)"
             ) from error
 
+    @property
+    def held(self) -> tuple[torch.Tensor, ...]:
+        """The buffers that hold base and experts between merges [K + 1]; none for ``disk``."""
+        return self._held
+
     def _stored(self, slot: int, model: int) -> tuple[npt.NDArray[Any], str]:
         """Return the stored bits and the dtype of a slot; model 0 is the base."""
         if model == 0:

@@ -87,6 +87,24 @@ class Engine:
         self._last = (recipe.partition, plan)
         return int(spans.sum())
 
+    def forget(self) -> None:
+        """Trust nothing that is in the live model: the next merge writes all of it."""
+        self._last = None
+
+    def checksum(self) -> int:
+        """Return a sum over the bits of base and experts where they lie, modulo 2^64.
+
+        Those that a device gets piece by piece are summed up in their files.
+        """
+        if self._on_device is not None and self._on_device.sources.held:
+            import torch
+
+            held = self._on_device.sources.held
+            sums = [int(one.view(torch.int64).sum()) for one in held]  # sizes are aligned
+        else:
+            sums = self._merger.sources.checksums()
+        return sum((number + 1) * value for number, value in enumerate(sums)) % 2**64
+
     def require_base(self) -> None:
         """Compare the live model with the base's weights, before anything is applied.
 

@@ -17,6 +17,9 @@ from evomerge.models import Models
 
 Bits = npt.NDArray[Any]
 
+#: Summed up at a time: a multiple of 8.
+_CHECKED_BYTES = 64 << 20
+
 
 class Sources:
     """Memory-mapped weights of one study's models.
@@ -69,6 +72,21 @@ class Sources:
             for slot in range(len(self.layout.slots)):
                 bits, _ = self._get(model, slot)
                 self._maps[model, slot] = np.array(bits)
+
+    def checksums(self) -> list[int]:
+        """Return the sum of the bits of every slot of every model, modulo 2^64."""
+        sums = []
+        for model in range(self.experts + 1):
+            for slot in range(len(self.layout.slots)):
+                bits, _ = self._get(model, slot)
+                raw = bits.reshape(-1).view(np.uint8)
+                whole = len(raw) // 8 * 8
+                total = int(raw[whole:].sum(dtype=np.uint64))
+                for first in range(0, whole, _CHECKED_BYTES):
+                    part = raw[first : min(first + _CHECKED_BYTES, whole)]
+                    total += int(part.view(np.uint64).sum(dtype=np.uint64))
+                sums.append(total % 2**64)
+        return sums
 
     def histogram(self, slot: int, k: int) -> npt.NDArray[np.int64]:
         """Return the counts of the magnitude keys of expert k's delta [KEYS]."""

@@ -52,6 +52,8 @@ COMPANIONS = (
     "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
     "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
+#: Those of them that belong to the tokenizer; they come from one model together.
+TOKENIZER_FILES = COMPANIONS[1:-2]
 #: Keys in which transformers keeps the path that a file was loaded from.
 _PATH_KEYS = ("_name_or_path", "name_or_path")
 _WITH_PATHS = ("config.json", "generation_config.json", "tokenizer_config.json")
@@ -276,22 +278,32 @@ def write_config(base: Checkpoint, dtype: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_companions(base: Checkpoint, folder: Path) -> None:
+def copy_companions(base: Checkpoint, folder: Path, tokenizer: Path | None = None) -> None:
     """Copy tokenizer and generation settings; drop the paths that transformers leaves in JSON.
 
     Args:
         base: where they are taken from.
         folder: a checkpoint that has its ``config.json`` already.
+        tokenizer: directory of the model whose tokenizer is wanted instead; its generation
+            settings come with it where it has any, because chats end with their tokens.
+
+    Raises:
+        ModelError: a file of ``tokenizer`` is a link to somewhere else, or is damaged.
     """
+    tokenizer = tokenizer or base.directory
     for name in COMPANIONS:
-        source = base.directory / name
+        theirs = name in TOKENIZER_FILES or (
+            name == "generation_config.json" and (tokenizer / name).is_file()
+        )
+        source = (tokenizer if theirs else base.directory) / name
         if source.is_file():
+            require_inside(source, "tokenizer")
             shutil.copyfile(source, folder / name)
     for name in _WITH_PATHS:
         path = folder / name
         if not path.exists():
             continue
-        data = read_json_mapping(path, "models.base")
+        data = read_json_mapping(path, "tokenizer")
         if any(key in data for key in _PATH_KEYS):
             kept = {key: value for key, value in data.items() if key not in _PATH_KEYS}
             text = json.dumps(kept, indent=2, ensure_ascii=False)

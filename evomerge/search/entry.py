@@ -79,6 +79,8 @@ class SearcherEntry:
         arguments: by name.
         build: makes the searcher; imports its library only then. Arguments are complete.
         single_objective: also takes a single loss.
+        ends: whether it proposes nothing beyond the budget that it was built for, by its
+            arguments; others go on when a study is extended.
     """
 
     name: str
@@ -89,6 +91,7 @@ class SearcherEntry:
     arguments: Mapping[str, ArgumentSpec]
     build: Build
     single_objective: bool = True
+    ends: Callable[[Mapping[str, ArgumentValue]], bool] = lambda arguments: False
 
 
 def builder(module: str, function: str) -> Build:

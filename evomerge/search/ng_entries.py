@@ -192,6 +192,7 @@ NEVERGRAD: Mapping[str, SearcherEntry] = MappingProxyType(
                 )
             },
             build=builder("ng", "by_name"),
+            ends=lambda arguments: OPTIMIZERS[str(arguments["optimizer"])] is Start.SEQUENCE,
         ),
     }
 )

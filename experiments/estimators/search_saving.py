@@ -135,6 +135,7 @@ def study_text(name: str, variant: str, items: int, seed: int, trials: int, part
         "include_path": "fitness",
         "items": {"search": SEARCH_ITEMS, "validation": VALIDATION_ITEMS, "test": 1},
         "batch_size": 128,
+        "estimator": "none",
     }
     if variant != "full":
         estimator, design = VARIANTS[variant]

@@ -14,6 +14,7 @@ pytest.register_assert_rewrite("evomerge.testing_pool")
 
 from evomerge import ray_pool  # noqa: E402 - after the assert rewrite
 from evomerge.errors import SetupError  # noqa: E402
+from evomerge.patience import LEAST  # noqa: E402
 from evomerge.pool import Pool, SerialPool  # noqa: E402
 from evomerge.ray_pool import RayPool  # noqa: E402
 from evomerge.testing_pool import (  # noqa: E402
@@ -62,6 +63,7 @@ def ray_started() -> Iterator[None]:
     import ray
 
     ray.init(
+        address="local",  # never one that happens to run on this machine
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
@@ -95,6 +97,30 @@ class TestRayPool(ProcessPoolConformance):
             "timeout", "took longer than 1 s; its worker was killed"
         )
         assert isinstance(outcomes[1].result, Evaluation)
+        pool.close()
+
+    def test_the_limit_follows_what_jobs_take(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("evomerge.patience.FLOOR_SECONDS", 1.0)
+        pool = RayPool(ToyFactory(), workers=1, timeout="auto", start_timeout=120.0)
+        for number in range(LEAST):
+            pool.submit(_job(number, sleep=0.1))
+            pool.wait(60.0)
+        pool.submit(_job(90, sleep=600.0))
+        (outcome,) = pool.wait(60.0)
+        assert isinstance(outcome.result, Failure)
+        assert outcome.result.kind == "timeout"
+        assert outcome.result.message.startswith("took longer than 1 s")
+        pool.close()
+
+    def test_no_time_passes_while_nobody_looks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A driver that was frozen finds its workers late by no fault of theirs."""
+        monkeypatch.setattr(ray_pool, "_UNSEEN_SECONDS", 1.0)
+        pool = RayPool(ToyFactory(), workers=1, timeout=1.5, start_timeout=120.0)
+        pool.submit(_job(0, sleep=2.5))
+        assert tuple(pool.wait(0.0)) == ()
+        time.sleep(2.0)  # as long as a frozen driver does not look
+        (outcome,) = pool.wait(60.0)
+        assert isinstance(outcome.result, Evaluation), outcome
         pool.close()
 
     def test_a_replacement_that_could_not_start_ended_everything(

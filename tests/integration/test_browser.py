@@ -18,15 +18,24 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from small_study import finished
 
 from evomerge.front_page import front_html
+from evomerge.pareto_view import children_query, front_query
 from evomerge.presentation import front_data, project
 from evomerge.study_view import StudyView
 from evomerge.tracking import sync
-from evomerge.tracking_target import tracking_target, ui_url
+from evomerge.tracking_target import (
+    Synced,
+    Target,
+    pareto_url,
+    studies_url,
+    tracking_target,
+    ui_url,
+)
 
 CHROMEDRIVER = shutil.which("chromedriver")
 
@@ -242,21 +251,50 @@ def test_a_click_shows_the_merge_and_its_export_command(
     )
 
 
-def test_shows_inside_the_mlflow_ui(
-    browser: Browser, views: dict[int, StudyView], tmp_path: Path
-) -> None:
-    view = views[2]
-    target = tracking_target(None, "evomerge", tmp_path / "store")
-    synced = sync(project(view), target)
+@pytest.fixture(scope="module")
+def tracked(
+    views: dict[int, StudyView], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[StudyView, Target, Synced, int]]:
+    """A study in a store of its own, and the port of a server on it."""
+    target = tracking_target(None, "evomerge", tmp_path_factory.mktemp("store"))
+    synced = sync(project(views[3]), target)
     port = free_port()
     command = [
         sys.executable, "-W", "ignore", "-m", "mlflow", "server", "--host", "127.0.0.1",
         "--port", str(port), "--workers", "1", "--backend-store-uri", target.uri,
     ]  # fmt: skip
     for _ in started(command, f"http://127.0.0.1:{port}/health"):
-        browser.resize(1600, 1000)
-        browser.open(ui_url(target, synced, port, "front.html"))
-        browser.wait(lambda: browser.run("return document.querySelector('iframe') !== null"))
+        yield views[3], target, synced, port
+
+
+def mlflow_page(browser: Browser, url: str, *texts: str) -> None:
+    """Open a page of MLflow and wait until it says all of ``texts``."""
+    browser.resize(1700, 1100)
+    browser.open("about:blank")  # addresses that differ behind the hash alone load nothing
+    browser.open(url)
+
+    def body() -> str:
+        return str(browser.run("return document.body.innerText"))
+
+    browser.wait(lambda: all(text in body() for text in texts), 150)
+    # MLflow's assistant takes a quarter of the first page that anybody opens.
+    browser.run(
+        "const x = document.querySelector('[data-component-id=\"mlflow.assistant.chat_panel.close\"]');"
+        "if (x) x.click();"
+    )
+
+
+def drawn(browser: Browser, css: str) -> int:
+    return int(browser.run(f"return document.querySelectorAll('{css}').length"))
+
+
+class TestInsideMLflow:
+    def test_the_front_as_an_artifact(
+        self, browser: Browser, tracked: tuple[StudyView, Target, Synced, int]
+    ) -> None:
+        view, target, synced, port = tracked
+        mlflow_page(browser, ui_url(target, synced, port, "front.html"), "coefficients.html")
+        browser.wait(lambda: drawn(browser, "iframe") > 0)
         browser.enter_frame()
         browser.wait(lambda: marks(browser) > 0)
         # Seen without any click beyond opening the artifact.
@@ -270,12 +308,103 @@ def test_shows_inside_the_mlflow_ui(
         detail = browser.run("return document.getElementById('detail').innerText")
         assert f"--trial {other} " in detail
         browser.leave_frame()
-        browser.open(ui_url(target, synced, port))
-        browser.wait(lambda: "Take one home" in str(browser.run("return document.body.innerText")))
+
+    def test_the_coefficients_as_an_artifact(
+        self, browser: Browser, tracked: tuple[StudyView, Target, Synced, int]
+    ) -> None:
+        view, target, synced, port = tracked
+        mlflow_page(browser, ui_url(target, synced, port, "coefficients.html"), "front.csv")
+        browser.wait(lambda: drawn(browser, "iframe") > 0)
+        browser.enter_frame()
+        browser.wait(lambda: drawn(browser, "svg") == len(view.front))
+        browser.leave_frame()
+        browser.picture("mlflow-coefficients")
+
+    def test_the_description_leads_to_the_pareto_page(
+        self, browser: Browser, tracked: tuple[StudyView, Target, Synced, int]
+    ) -> None:
+        _, target, synced, port = tracked
+        mlflow_page(browser, ui_url(target, synced, port), "Take it home", "Open the Pareto page")
         browser.picture("mlflow-overview")
-        browser.open(
-            f"http://127.0.0.1:{port}/#/experiments/{synced.experiment_id}/runs"
-            "?workflowType=machine_learning&orderByKey=metrics.%60front%60&orderByAsc=false"
+        link = browser.run(
+            "return [...document.links].find(a => a.innerText.includes('Pareto page')).href"
         )
-        browser.wait(lambda: "expert:one" in str(browser.run("return document.body.innerText")))
+        assert link == pareto_url(target, synced, port)
+
+    def test_the_pareto_page(
+        self, browser: Browser, tracked: tuple[StudyView, Target, Synced, int]
+    ) -> None:
+        view, target, synced, port = tracked
+        mlflow_page(browser, pareto_url(target, synced, port), "Pareto front (4)", "sort vs. nll")
+        points = ".trace.scatter path.point"
+        done = sum(trial.evaluation is not None for trial in view.trials)
+        browser.wait(lambda: drawn(browser, points) >= 3 * done)
+        browser.wait(lambda: drawn(browser, ".parcoords, canvas") > 0)
+        time.sleep(2)  # charts grow into the place of the assistant
+        browser.picture("mlflow-pareto")
+        fills = browser.run(
+            f"return [...document.querySelectorAll('{points}')].map(p => getComputedStyle(p).fill)"
+        )
+        front = sum(n in view.front and not view.trials[n].label for n in view.front)
+        assert fills.count("rgb(194, 65, 12)") == 3 * front
+        assert fills.count("rgb(140, 149, 159)") == 3 * sum(
+            not t.label and t.evaluation is not None and t.number not in view.front
+            for t in view.trials
+        )
+
+    def test_the_chart_page(
+        self, browser: Browser, tracked: tuple[StudyView, Target, Synced, int]
+    ) -> None:
+        _, target, synced, port = tracked
+        url = ui_url(target, synced, port).replace("?", "/model-metrics?")
+        mlflow_page(browser, url, "best/nll", "over the trials", "trials/per hour", "trials/failed")
+        browser.run("document.querySelector('img[src*=\"image\"]')?.scrollIntoView()")
+        browser.wait(lambda: drawn(browser, "img") > 0)
+        browser.picture("mlflow-charts")
+
+    def test_the_list_of_studies_has_their_objectives(
+        self, browser: Browser, tracked: tuple[StudyView, Target, Synced, int]
+    ) -> None:
+        _, target, synced, port = tracked
+        mlflow_page(
+            browser, studies_url(target, synced, port), "strings", "reverse", "sort", "nll",
+            "hypervolume",
+        )  # fmt: skip
+        browser.picture("mlflow-studies")
+
+    def test_the_front_members_by_the_query_of_the_description(
+        self, browser: Browser, tracked: tuple[StudyView, Target, Synced, int]
+    ) -> None:
+        view, _, synced, port = tracked
+        query = quote(front_query(synced.run_id))
+        mlflow_page(
+            browser,
+            f"http://127.0.0.1:{port}/#/experiments/{synced.experiment_id}/runs"
+            f"?workflowType=machine_learning&searchFilter={query}"
+            "&orderByKey=metrics.%60front%60&orderByAsc=false",
+            f"{len(view.front)} matching runs",
+        )
         browser.picture("mlflow-runs")
+
+    def test_compare(
+        self, browser: Browser, tracked: tuple[StudyView, Target, Synced, int]
+    ) -> None:
+        view, target, synced, port = tracked
+        runs = child_runs(target, synced)
+        chosen = [runs[number] for number in view.front]
+        url = (
+            f"http://127.0.0.1:{port}/#/compare-runs?runs={quote(json.dumps(chosen))}"
+            f"&experiments={quote(json.dumps([synced.experiment_id]))}"
+        )
+        mlflow_page(browser, url, f"Comparing {len(chosen)} Runs", "weight.one", "reverse")
+        browser.wait(lambda: drawn(browser, ".js-plotly-plot") > 0)
+        browser.picture("mlflow-compare")
+
+
+def child_runs(target: Target, synced: Synced) -> dict[int, str]:
+    """Return the id of each trial's run."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=target.uri)
+    found = client.search_runs([synced.experiment_id], children_query(synced.run_id))
+    return {int(run.data.tags["evomerge.trial"]): run.info.run_id for run in found}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from evomerge.fitness.hot.batch_size import found_tokens
 from evomerge.fitness.hot.forward import Forward
 from evomerge.fitness.hot.generate import Prompts, Stops, arranged_prompts, generate
 from evomerge.fitness.hot.likelihood import (
@@ -20,10 +21,6 @@ from evomerge.fitness.hot.likelihood import (
 
 _LOG = logging.getLogger(__name__)
 
-#: Tokens of a forward pass where nothing else is known: on a CPU larger passes gain nothing.
-CPU_TOKENS = 4096
-#: Largest pass that is tried on a device.
-DEVICE_TOKENS = 1 << 17
 #: Sets of items whose arrangement is kept: search, validation, test and a few more.
 PLANS = 16
 #: Settings of a generation config under which the most likely token is not simply taken.
@@ -46,7 +43,7 @@ class Runner:
 
     Args:
         lm: an ``HFLM`` around the model; it tokenises, and answers what is not on the hot path.
-        budget: tokens per forward pass; None to find it: fixed on a CPU, by memory on a device.
+        budget: tokens per forward pass; None to find it by memory, see ``batch_size``.
     """
 
     def __init__(self, lm: Any, budget: int | None = None) -> None:
@@ -54,9 +51,7 @@ class Runner:
         self._forward = Forward(lm.model)
         self._plans: OrderedDict[Hashable, Any] = OrderedDict()
         self._stops: dict[tuple[str, ...], Stops] = {}
-        self.budget = budget or (
-            CPU_TOKENS if self._forward.device.type == "cpu" else DEVICE_TOKENS
-        )
+        self.budget = budget or found_tokens(self._forward)
         self._given = budget is not None
 
     def facts(self) -> dict[str, str]:

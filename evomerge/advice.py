@@ -1,0 +1,71 @@
+"""What a user should know before a study starts; nothing of it prevents the start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from evomerge.config import StudyFile
+from evomerge.economy import item_evaluations
+from evomerge.fitness.splits import ItemSplit
+from evomerge.search.generation import generation_size
+from evomerge.search.protocol import SearchProblem
+from evomerge.space import Space
+
+
+def study_warnings(
+    file: StudyFile, space: Space, splits: Sequence[ItemSplit], problem: SearchProblem
+) -> list[str]:
+    """Return what is odd in a study file that can be run.
+
+    Args:
+        file: the study file, its estimator decided.
+        space: what is searched.
+        splits: item ids of each objective [m].
+        problem: what the searcher will be given, without the baselines' scores.
+    """
+    return [*_search(file, space), *_item_budget(file, splits, problem), *_pool(file)]
+
+
+def _search(file: StudyFile, space: Space) -> list[str]:
+    if file.search.trials is None or file.search.trials >= 2 * space.dimension:
+        return []
+    return [
+        f"search.trials: {file.search.trials} trials for {space.dimension} coefficients is "
+        "little (use a coarser partition, or more trials)"
+    ]
+
+
+def _item_budget(file: StudyFile, splits: Sequence[ItemSplit], problem: SearchProblem) -> list[str]:
+    """Return whether ``search.items`` ends the search before the searcher has learned anything."""
+    budget = file.search.items
+    if budget is None:
+        return []
+    one = item_evaluations(file, splits)
+    size = generation_size(file.search.searcher, file.search.arguments, problem)
+    if budget >= size * one:
+        return []
+    buys = "not one trial" if budget < one else f"{budget // one} trials"
+    if size == 1:
+        need = f"a trial takes {one:,}"
+    else:
+        need = (
+            f"{file.search.searcher} learns after {size} trials of {one:,} items, {size * one:,} "
+            "in all"
+        )
+    return [
+        f"search.items: {budget:,} item evaluations buy {buys} ({need}; base, experts and other "
+        "baselines are not counted)"
+    ]
+
+
+def _pool(file: StudyFile) -> list[str]:
+    warnings = []
+    pool = file.pool
+    if pool.device == "cuda" and pool.kind == "ray" and pool.gpus_per_worker == 0:
+        warnings.append("pool.gpus_per_worker: 0, so Ray hides the GPUs from the workers")
+    if pool.kind == "serial" and pool.workers > 1 and "workers" in pool.model_fields_set:
+        warnings.append(
+            f"pool.workers: {pool.workers}, but kind: serial works alone, in this process (kind: "
+            "ray starts them)"
+        )
+    return warnings

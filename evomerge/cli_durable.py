@@ -1,0 +1,122 @@
+"""Commands for what lasts: verify and repair a journal, give a study more budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from evomerge.cli_arguments import AS_JSON, STUDY, directory_of, prepared_study, show
+from evomerge.errors import InputError, StorageError
+
+if TYPE_CHECKING:
+    from evomerge.replay import Verified
+    from evomerge.study import Study
+
+
+@click.command()
+@STUDY
+@click.option(
+    "--records", "records_only", is_flag=True,
+    help="Check the records only: fast, and needs neither models nor tasks.",
+)  # fmt: skip
+@click.option(
+    "--repair", is_flag=True,
+    help="Cut a damaged journal to its longest valid part; the original stays beside it.",
+)  # fmt: skip
+@AS_JSON
+def replay(study: str, records_only: bool, repair: bool, as_json: bool) -> None:
+    """Verify the journal of a study.
+
+    STUDY is a study file or its directory. Checks every record, then builds a fresh searcher and
+    asks it everything again: every candidate must be the recorded one bit for bit, and the
+    results must lead to the recorded front. Scores nothing, and without --repair changes nothing.
+    Exit code 6 where something is wrong.
+    """
+    from evomerge.replay import repair as repair_journal
+    from evomerge.replay import verify
+
+    directory = directory_of(study)
+    if repair:
+        repaired = repair_journal(directory)
+        if repaired is None:
+            click.echo("nothing to repair", err=as_json)
+        else:
+            click.echo(
+                f"kept {repaired.kept} records and removed {repaired.removed_bytes} bytes behind "
+                f"them; the whole file is {repaired.original}\nits problem: {repaired.problem}",
+                err=as_json,
+            )
+    verified = verify(directory, None if records_only else _study(study))
+    show(dataclasses.asdict(verified) if as_json else _lines(verified), as_json)
+    if verified.problems:
+        raise StorageError(
+            f"{directory}: the journal does not hold a study that can be continued as it is"
+            + ("" if repair else " (evomerge replay STUDY --repair cuts off damaged records)")
+        )
+
+
+def _study(text: str) -> Study:
+    """Return the study of a study file or directory, which never gets a worker."""
+    from evomerge.config import load
+    from evomerge.launch import study_of
+    from evomerge.prepare import prepare
+    from evomerge.presentation import STUDY_FILE
+    from evomerge.take_home import study_root
+
+    path = Path(text)
+    if path.is_file():
+        prepared = prepared_study(path)
+    else:
+        root = study_root(path)
+        if root is None:
+            raise InputError(
+                f"{text}: give the study file, so that its searcher can be asked again (or "
+                "--records, to check the records alone)"
+            )
+        prepared = prepare(load(path / STUDY_FILE), root / STUDY_FILE)
+    return study_of(prepared, prepared.make_pool)
+
+
+def _lines(verified: Verified) -> dict[str, object]:
+    asks = f"{verified.trials} trials asked, {verified.results} results"
+    if verified.compared is not None:
+        asks += f", {verified.compared} asks repeated by a fresh searcher"
+    harmless = [
+        (verified.torn_bytes, "bytes of a record that a kill cut short"),
+        (verified.late, "lines of a driver that had been overtaken"),
+    ]
+    return {
+        "journal": f"{verified.records} records by {verified.drivers} drivers",
+        "search": asks,
+        "state": "finished" if verified.finished else "not finished",
+        "harmless": [f"{count} {text}" for count, text in harmless if count],
+        "problems": [line for text in verified.problems for line in text.splitlines()],
+        "verdict": "damaged or changed" if verified.problems else "sound",
+    }
+
+
+@click.command()
+@STUDY
+@click.option("--trials", type=click.IntRange(min=1), help="Trials to add.")
+@click.option("--items", type=click.IntRange(min=1), help="Item evaluations to add.")
+def extend(study: str, trials: int | None, items: int | None) -> None:
+    """Add to the budget of a study, finished or not; `evomerge run` then goes on.
+
+    \b
+    evomerge extend study.yaml --trials 100
+    evomerge run study.yaml
+
+    The study file stays as it is. The searcher goes on where it stood, and the finalists are
+    chosen anew among all trials.
+    """
+    from evomerge.extension import extend as extend_study
+
+    extended = extend_study(directory_of(study), trials or 0, items or 0)
+    for unit in ("trials", "items"):
+        before, after = getattr(extended.before, unit), getattr(extended.after, unit)
+        if before != after:
+            click.echo(f"search.{unit}: {before} -> {after}")
+    click.echo(f"next: evomerge run {study}")

@@ -1,0 +1,176 @@
+"""``fitness.estimator: auto``: what a trial is scored on where the study file does not say.
+
+``soft_reg`` on 60 items by task (at random where an objective is one task), where its evidence
+reaches, else the plain mean of all search items. The figures are those of
+``experiments/estimators/README.md``, on the demo's merges:
+
+* Which estimator: of those that need no bank ``soft_reg`` ranks merges best at every size.
+  Items by task rank as well as random ones or better, and their errors are smaller.
+* How many items: at 50 its ranking (.95) is that of the plain mean at 100, with an error of 4.2
+  points; at 20 (.92) of the mean at 50, with 6.0. In whole searches 20 items by task lost 2.1
+  points against the full search ([-3.0, +8.1], five seeds): a loss within 1 point is not shown
+  there. At 60 items the published estimator (-0.3, four seeds) and ``soft_reg`` on other items
+  (-3.3, two seeds) lost nothing in the mean, within intervals of several points; 60 items *by
+  task* were not searched with. A search of 100 trials is 6.6 times cheaper with 60 items and 8.6
+  times with 20, endpoints and finalists counted: more than 20 items cost little. Hence 60.
+* From how many search items on: at 200 an estimated trial costs a third of a full one, checks
+  counted; below, endpoints and finalists, which every search pays, leave too little to save.
+* Checks: every 20th trial is scored in full, more often in short searches, so that there are the
+  five that a verdict on the estimate needs (``fitness.irt.trust``); with fewer than 25 trials
+  they would be over a fifth of the search, which is then scored in full instead.
+
+Left out, because nothing was measured: objectives that are no share of right answers (perplexities,
+lengths, Python functions, texts), answers without margins, searches that save items in another way
+(``resampled``, ``racing``), and ``m2n2``, which lets merges compete for items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomerge.config import StudyFile
+from evomerge.economy_sections import EstimatorSection
+from evomerge.errors import StorageError
+from evomerge.fitness.composite import Composite
+from evomerge.fitness.splits import ItemSplit
+from evomerge.journal import JOURNAL
+from evomerge.study_view import StudyView
+
+ITEMS = 60
+#: Search items of each objective, and trials of the search, from which an estimate is taken.
+FEWEST_ITEMS, FEWEST_TRIALS = 200, 25
+#: Trials between two that are scored in full; and how many of these a search should have.
+FULL_EVERY, CHECKS = 20, 5
+#: Searchers that learn from the items and not from the value alone.
+_BY_ITEMS = ("m2n2",)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What ``auto`` takes.
+
+    Attributes:
+        section: the estimator; None for the mean of all search items.
+        text: what it is and why, for people.
+    """
+
+    section: EstimatorSection | None
+    text: str
+
+
+def decide(
+    file: StudyFile, directory: Path, fitness: Composite, splits: Sequence[ItemSplit]
+) -> tuple[StudyFile, str]:
+    """Return a study file in which ``auto`` is what it stands for, and what was taken and why.
+
+    A study that was begun keeps what it was begun with, whatever the rule says now.
+
+    Args:
+        file: the study file.
+        directory: of the study, whose journal is looked for.
+        fitness: all objectives.
+        splits: item ids of each objective [m].
+
+    Returns:
+        The text is empty where the study file names its estimator, or none.
+    """
+    if file.fitness.estimator != "auto":
+        return file, ""
+    contract = _begun(directory)
+    choice = choose(file, fitness, splits) if contract is None else _kept(contract)
+    section = file.fitness.model_copy(update={"estimator": choice.section})
+    return file.model_copy(update={"fitness": section}), choice.text
+
+
+def choose(file: StudyFile, fitness: Composite, splits: Sequence[ItemSplit]) -> Choice:
+    """Return what ``auto`` takes for a study that is begun now.
+
+    Args:
+        file: the study file.
+        fitness: all objectives.
+        splits: item ids of each objective [m].
+    """
+    against = _otherwise(file) or _unfit(fitness, splits)
+    if against:
+        return Choice(None, f"none: the mean of all search items ({against})")
+    groups = any(aggregate.strata for aggregate in fitness.aggregates)
+    trials = file.search.trials
+    every = FULL_EVERY if trials is None else min(FULL_EVERY, trials // CHECKS)
+    section = EstimatorSection(
+        name="soft_reg", items=ITEMS, design="stratified" if groups else "random", full_every=every
+    )  # type: ignore[call-arg]
+    largest = max(len(split.search) for split in splits)
+    return Choice(
+        section,
+        f"soft_reg on {ITEMS} items {'by task' if groups else 'at random'} of each objective's up "
+        f"to {largest:,} search items, every {every}th trial on all of them (every item has a "
+        "margin; on the demo's merges 50 such items ranked as well as 100 of the plain mean)",
+    )
+
+
+def _otherwise(file: StudyFile) -> str:
+    """Return what in the study file speaks against an estimate; empty where nothing does."""
+    if file.fitness.items.policy == "resampled":
+        return "fitness.items.policy: resampled chooses them"
+    if file.search.racing is not None:
+        return "search.racing saves items already; both together were not measured"
+    if file.search.searcher in _BY_ITEMS:
+        return f"{file.search.searcher} learns from single items"
+    if file.search.trials is not None and file.search.trials < FEWEST_TRIALS:
+        return (
+            f"{file.search.trials} trials; an estimate is taken from {FEWEST_TRIALS}, because "
+            f"{CHECKS} of them check it"
+        )
+    return ""
+
+
+def _unfit(fitness: Composite, splits: Sequence[ItemSplit]) -> str:
+    """Return why the objectives cannot be estimated, the first reason; empty where they can."""
+    drawn = [number for number, source in enumerate(fitness.sources) if source is not None]
+    if not drawn:
+        return "no objective has items to save"
+    for number in drawn:
+        name, count = fitness.objectives[number].name, len(splits[number].search)
+        if count < FEWEST_ITEMS:
+            return f"{name} has {count} search items; an estimate pays from {FEWEST_ITEMS}"
+        if fitness.objectives[number].unit != "fraction":
+            return f"{name} is no share of right answers"
+    for number, reason in enumerate(fitness.ungraded):
+        if number in drawn and reason:
+            return f"{fitness.objectives[number].name} has no margins: {reason}"
+    for number in drawn:
+        tasks = len(set(fitness.aggregates[number].strata.values()))
+        if tasks > ITEMS:
+            name = fitness.objectives[number].name
+            return f"{name} has {tasks} tasks, more than the {ITEMS} items of an estimate"
+    return ""
+
+
+def _begun(directory: Path) -> Mapping[str, Any] | None:
+    """Return the contract of the study in ``directory``, None where none was begun."""
+    if not (directory / JOURNAL).exists():
+        return None
+    try:
+        return StudyView.load(directory).contract
+    except StorageError:
+        return None  # Study.run reports what is wrong with the journal
+
+
+def _kept(contract: Mapping[str, Any]) -> Choice:
+    """Return the estimator of a study that was begun, in the words that were recorded then."""
+    found = contract.get("estimation")
+    section = None
+    if found is not None and not found["settings"]["banks"]:  # their files are not recorded
+        settings = found["settings"]
+        section = EstimatorSection(
+            name=found["name"], items=settings["items"], design=settings["design"],
+            full_every=found["full_every"], calibration=found["calibration"],
+        )  # fmt: skip
+    text = contract["identity"].get("estimator")
+    if text is None:
+        what = "none: the mean of all search items" if section is None else section.name
+        text = f"{what} (this study was begun so)"
+    return Choice(section, str(text))

@@ -1,0 +1,73 @@
+"""Find the models of a recipe on this machine by the digests of their weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from evomerge.adapter import is_adapter
+from evomerge.checkpoint import open_checkpoint
+from evomerge.errors import InputError, ModelError
+from evomerge.models import open_models
+from evomerge.recipe import Recipe
+
+#: How far below a folder models are looked for: owner/name/revision, and one more.
+_DEPTH = 4
+
+
+def find_models(recipe: Recipe, folders: Sequence[Path]) -> dict[str, str]:
+    """Return the directories of those models of a recipe that lie below ``folders``.
+
+    A model is known by the digest of its weights that the recipe holds, whatever its directory is
+    called. Directories that cannot be read as models are passed over.
+
+    Args:
+        recipe: names the models and their digests.
+        folders: to look below.
+
+    Raises:
+        InputError: a folder does not exist.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"--models: no such directory: {folder}")
+    candidates = [found for folder in folders for found in _model_directories(folder)]
+    found: dict[str, str] = {}
+    wanted = {ref.fingerprint: ref.name for ref in (recipe.base, *recipe.experts)}
+    for directory in candidates:
+        if not is_adapter(directory):
+            name = wanted.get(_fingerprint(directory))
+            if name is not None:
+                found.setdefault(name, str(directory))
+    base = found.get(recipe.base.name)
+    adapters = [one for one in candidates if is_adapter(one)] if base else []
+    for directory in adapters:
+        assert base is not None
+        try:  # an adapter is known together with its base only
+            [expert] = open_models(base, [("adapter", str(directory))]).experts
+        except ModelError:
+            continue
+        if expert.fingerprint in wanted:
+            found.setdefault(wanted[expert.fingerprint], str(directory))
+    return found
+
+
+def _fingerprint(directory: Path) -> str:
+    """Return the digest of a checkpoint's weights, empty where it is none that can be merged."""
+    try:
+        return open_checkpoint(str(directory), "model", str(directory)).fingerprint
+    except ModelError:
+        return ""
+
+
+def _model_directories(folder: Path) -> Iterator[Path]:
+    """Yield the directories with a model at ``folder`` and below it, in order of their names."""
+    root = len(folder.parts)
+    for path, inside, files in os.walk(folder):
+        directory = Path(path)
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        if len(directory.parts) - root >= _DEPTH:
+            inside.clear()
+        if {"config.json", "adapter_config.json"} & set(files):
+            yield directory

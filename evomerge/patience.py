@@ -1,0 +1,58 @@
+"""How long a pool waits for a job: some multiple of what others took."""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+from typing import Literal
+
+from evomerge.trial import Evaluation, Job
+
+#: A job may take so many times what the others took.
+FACTOR = 3.0
+
+#: And never less than so many seconds: the first job of a worker compiles and fills caches.
+FLOOR_SECONDS = 120.0
+
+#: Before so many jobs are done nothing is known.
+LEAST = 5
+
+#: What was long ago does not count.
+_REMEMBERED = 100
+
+Timeout = float | Literal["auto"] | None
+
+
+class Patience:
+    """The limit of the next job's seconds.
+
+    A fixed limit is either wrong for another model or useless. This one follows the running
+    median: of the jobs as a whole, for what does not depend on their size (the merge), and per
+    item, because finalists are scored on more items than the trials before them.
+
+    Args:
+        timeout: seconds for every job, ``auto`` to follow the median, None for no limit.
+    """
+
+    def __init__(self, timeout: Timeout) -> None:
+        self._timeout = timeout
+        self._seconds: deque[float] = deque(maxlen=_REMEMBERED)
+        self._per_item: deque[float] = deque(maxlen=_REMEMBERED)
+
+    def limit(self, job: Job) -> float:
+        """Return how many seconds a job may take."""
+        if self._timeout is None:
+            return float("inf")
+        if self._timeout != "auto":
+            return self._timeout
+        if len(self._seconds) < LEAST:
+            return float("inf")
+        items = sum(map(len, job.items))
+        usual = max(median(self._seconds), median(self._per_item) * items)
+        return max(FLOOR_SECONDS, FACTOR * usual)
+
+    def observe(self, evaluation: Evaluation, seconds: float) -> None:
+        """Learn what a job took that succeeded; a race may have scored a part of its items."""
+        self._seconds.append(seconds)
+        scored = sum(len(score.items) for score in evaluation.scores)
+        self._per_item.append(seconds / max(1, scored))
