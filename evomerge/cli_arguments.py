@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from evomerge.errors import InputError
+from evomerge.study_location import directory_of as directory_of
+from evomerge.study_location import open_view as open_view
 
 if TYPE_CHECKING:
     from evomerge.prepare import Prepared
-    from evomerge.study_view import StudyView
 
 STUDY = click.argument("study", metavar="STUDY")
 OVERRIDES = click.option(
@@ -33,63 +34,6 @@ MODEL_FOLDERS = click.option(
 #: As in ``evomerge.picking.PICKS``, which a test compares; importing it would load numpy.
 PICK_HELP = "knee, asf:W1,W2,... (weights), best:OBJECTIVE or hv (most hypervolume)"
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-
-
-def directory_of(text: str, overrides: tuple[str, ...] = ()) -> Path:
-    """Return the study directory of a study file or directory.
-
-    Args:
-        text: path of the file or directory.
-        overrides: with which the study file was run; its name or directory may be among them.
-
-    Raises:
-        InputError: it is neither, or overrides are given for what is no study file.
-    """
-    path = Path(text)
-    if path.is_file():
-        from evomerge.presentation import STUDY_FILE
-
-        if path.name == STUDY_FILE and (path.parent / "journal.jsonl").exists():
-            _no_overrides(text, overrides)
-            return path.parent
-        from evomerge.config import load
-        from evomerge.prepare import study_directory
-
-        return study_directory(load(path, overrides), path.resolve().parent)
-    if (path / "journal.jsonl").exists():
-        _no_overrides(text, overrides)
-        return path
-    if (path / "study.yaml").exists():
-        return directory_of(str(path / "study.yaml"), overrides)
-    raise InputError(
-        f"{text}: neither a study file nor a study directory (see `evomerge list studies`)"
-    )
-
-
-def _no_overrides(text: str, overrides: tuple[str, ...]) -> None:
-    if overrides:
-        raise InputError(
-            f"--set: {text} is the directory of one study, whose settings are fixed (give the "
-            "study file to find the study that it was run as)"
-        )
-
-
-def open_view(text: str, overrides: tuple[str, ...] = ()) -> StudyView:
-    """Return the view of a study by its file or directory.
-
-    Args:
-        text: path of the file or directory.
-        overrides: see ``directory_of``.
-
-    Raises:
-        InputError: there is none, or it has not been run.
-    """
-    from evomerge.study_view import StudyView
-
-    directory = directory_of(text, overrides)
-    if not (directory / "journal.jsonl").exists():
-        raise InputError(f"{text}: this study has not been run yet (evomerge run {text})")
-    return StudyView.load(directory)
 
 
 def expert_pairs(experts: tuple[str, ...]) -> list[tuple[str, str]]:

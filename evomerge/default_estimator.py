@@ -7,12 +7,12 @@ reaches, else the plain mean of all search items. The figures are those of
 * Which estimator: of those that need no bank ``soft_reg`` ranks merges best at every size.
   Items by task rank as well as random ones or better, and their errors are smaller.
 * How many items: at 50 its ranking (.95) is that of the plain mean at 100, with an error of 4.2
-  points; at 20 (.92) of the mean at 50, with 6.0. In whole searches 20 items by task lost 2.1
-  points against the full search ([-3.0, +8.1], five seeds): a loss within 1 point is not shown
-  there. At 60 items the published estimator (-0.3, four seeds) and ``soft_reg`` on other items
-  (-3.3, two seeds) lost nothing in the mean, within intervals of several points; 60 items *by
-  task* were not searched with. A search of 100 trials is 6.6 times cheaper with 60 items and 8.6
-  times with 20, endpoints and finalists counted: more than 20 items cost little. Hence 60.
+  points; at 20 (.92) of the mean at 50, with 6.0. In whole searches (eight seeds) 60 items by task
+  lost 1.0 points against the full search ([-1.3, +4.3]; seven of eight within 2.5, one 13 points);
+  20 items lost -1.6 ([-6.6, +3.7]), but between -16 and +17 from seed to seed. So 60 items find
+  about what all items find, 20 something else; that either loses less than 1 point is not shown.
+  A search of 100 trials is 6.6 times cheaper with 60 and 8.6 times with 20, endpoints and
+  finalists counted: more than 20 items cost little. Hence 60.
 * From how many search items on: at 200 an estimated trial costs a third of a full one, checks
   counted; below, endpoints and finalists, which every search pays, leave too little to save.
 * Checks: every 20th trial is scored in full, more often in short searches, so that there are the

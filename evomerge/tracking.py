@@ -263,12 +263,15 @@ class _Store:
     def _send_frames(self, projection: Projection) -> None:
         """Log the front as a picture now and then: MLflow shows them with a slider."""
         baselines = sum(trial.kind == "baseline" for trial in projection.trials)
-        for step in frame_steps(projection.planned, len(projection.steps), max(1, baselines)):
+        settled = len(projection.steps)
+        steps = frame_steps(projection.planned, settled, max(1, baselines))
+        # MLflow's slider begins at 0: there are the baselines alone.
+        for step in [0, *steps] if settled >= max(1, baselines) else []:
             if step in self._frames:
                 continue
-            shown = frame(projection.front, step)
+            shown = frame(projection.front, step or baselines)
             if shown.points:
-                milliseconds = projection.steps[step - 1].milliseconds
+                milliseconds = projection.steps[(step or baselines) - 1].milliseconds
                 self._client.log_image(
                     self._run, front_picture(shown), key=_FRAME_KEY, step=step,
                     timestamp=milliseconds, synchronous=True,

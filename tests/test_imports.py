@@ -61,6 +61,9 @@ LEVELS = (
         "tracking",
         "mergekit_yaml",
         "picking",
+        "paired_tests",
+        "item_comparison",
+        "comparison_rows",
         "licences",
         "checksums",
         "tokenizer_source",
@@ -90,6 +93,7 @@ LEVELS = (
         "catalogue",
     ),
     (
+        "study_location",
         "rescoring",
         "verification",
         "take_home",

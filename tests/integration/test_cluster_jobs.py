@@ -55,8 +55,10 @@ def tells(directory: Path) -> list[dict[str, Any]]:
 
 
 def essence(directory: Path) -> list[str]:
+    """Return what was found for each trial; the order of completion is physical."""
     fields = ("trial", "status", "values", "errors")
-    return [json.dumps([one.get(field) for field in fields]) for one in tells(directory)]
+    found = sorted(tells(directory), key=lambda one: int(one["trial"]))
+    return [json.dumps([one.get(field) for field in fields]) for one in found]
 
 
 def test_a_stopped_job_continues_and_repeats_nothing(

@@ -1,0 +1,90 @@
+"""A comparison of trials as rows of a table, in words, and as data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evomerge.item_comparison import Comparison, Pairing
+from evomerge.paired_tests import LEVEL
+
+#: Titles of ``comparison_rows``.
+COMPARISON_HEADER = (
+    "against", "objective", "items", "first", "other", "difference", "95 % interval",
+    "better / worse", "p (Holm)",
+)  # fmt: skip
+
+
+def comparison_rows(found: Comparison) -> list[tuple[str, ...]]:
+    """Return one row of texts per pairing, under ``COMPARISON_HEADER``."""
+    rows = []
+    for one in found.pairings:
+        error = "" if one.standard_error is None else f" ± {one.standard_error:.3f}"
+        ends = "–" if one.interval is None else f"{one.interval[0]:+.3f} to {one.interval[1]:+.3f}"
+        rows.append(
+            (
+                found.names[one.theirs], one.objective or "mean", f"{one.items:,} {one.split}",
+                f"{one.values[0]:.3f}", f"{one.values[1]:.3f}", f"{one.difference:+.3f}{error}",
+                ends, f"{one.better} / {one.worse}", _p_text(one),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _p_text(one: Pairing) -> str:
+    if one.adjusted is None:
+        return "–"
+    mark = " *" if one.clear else ""
+    return (f"{one.adjusted:.3f}" if one.adjusted >= 0.0005 else "<0.001") + mark
+
+
+def comparison_note(found: Comparison) -> str:
+    """Return what the table's columns are, in two sentences."""
+    tests = sorted({one.test for one in found.pairings if one.p is not None})
+    names = {"mcnemar": "McNemar's exact test where all scores are 0 or 1", "t": "Student's t"}
+    tested = ", else ".join(names[test] for test in tests) or "nothing could be tested"
+    count = sum(one.p is not None for one in found.pairings)
+    corrected = f", corrected for {count} tests (Holm)" if count > 1 else ""
+    return (
+        f"Positive differences: {found.names[found.first]} is better. ± is the standard error of "
+        f"paired items, the interval a paired bootstrap's. p: {tested}{corrected}; * is below 0.05."
+    )
+
+
+def comparison_facts(found: Comparison, items: int | None = None) -> dict[str, Any]:
+    """Return a comparison as data.
+
+    Args:
+        found: the comparison.
+        items: how many changed items to list per objective; None for all.
+    """
+    return {
+        "first": {"trial": found.first, "name": found.names[found.first]},
+        "level": LEVEL,
+        "correction": "holm",
+        "pairs": [_pairing_facts(found, one, items) for one in found.pairings],
+    }
+
+
+def _pairing_facts(found: Comparison, one: Pairing, items: int | None) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "against": {"trial": one.theirs, "name": found.names[one.theirs]},
+        **({"objective": one.objective} if one.objective else {"mean": True}),
+        "split": one.split,
+        "items": one.items,
+        "values": list(one.values),
+        "difference": one.difference,
+        "standard_error": one.standard_error,
+        "interval": None if one.interval is None else list(one.interval),
+        "better": one.better,
+        "worse": one.worse,
+        "test": one.test,
+        "p": one.p,
+        "p_holm": one.adjusted,
+        "clear": one.clear,
+    }
+    if one.objective:
+        facts["changed"] = [
+            {"item": change.item, "ours": change.ours, "theirs": change.theirs}
+            for change in one.changes[:items]
+        ]
+    return facts
