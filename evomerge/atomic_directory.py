@@ -6,9 +6,12 @@ Everything is written into a temporary neighbour, made durable, then renamed.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +19,9 @@ from pathlib import Path
 from evomerge.errors import InputError, StorageError
 
 _SPARE_BYTES = 64 << 20
+
+#: An empty directory so young may belong to a process that is about to lock it.
+_YOUNG_SECONDS = 10.0
 
 
 def require_free(out: Path) -> None:
@@ -53,6 +59,8 @@ def require_space(out: Path, needed_bytes: int) -> None:
 def atomic_directory(out: Path) -> Iterator[Path]:
     """Yield a temporary directory that becomes ``out`` when the block ends without an error.
 
+    One that was killed left its temporary directory behind; it is removed by the next.
+
     Args:
         out: absolute; free, see ``require_free``.
 
@@ -61,14 +69,45 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         InputError: it cannot be written for another reason.
     """
     temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
+    lock = -1
     try:
+        _sweep(out)
         temporary.mkdir()
+        lock = _try_lock(temporary)  # released by the kernel, whatever ends this process
         yield temporary
         publish(temporary, out)
     except OSError as error:
         raise _storage_error(out, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if lock >= 0:
+            os.close(lock)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed processes began to write for ``out``; what is at work is left alone."""
+    name = re.compile(re.escape(f".{out.name}.") + "[0-9a-f]{8}[.]tmp")
+    for path in sorted(out.parent.iterdir()):
+        if not name.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+            continue
+        young = time.time() - path.stat().st_mtime < _YOUNG_SECONDS
+        if young and not any(path.iterdir()):
+            continue
+        lock = _try_lock(path)
+        if lock >= 0:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+
+
+def _try_lock(directory: Path) -> int:
+    """Return a handle that locks a directory, -1 where somebody else does or nobody can."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # taken, or a file system without locks
+        os.close(handle)
+        return -1
+    return handle
 
 
 def publish(temporary: Path, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import sys
 from typing import NoReturn
@@ -59,6 +60,8 @@ def cli(ctx: click.Context, verbose: bool) -> None:
                 evomerge run study.yaml        (the same command continues a stopped search)
                 evomerge submit study.yaml     (the same on a Ray cluster)
     Look        evomerge front study.yaml
+                evomerge compare study.yaml knee base
+                evomerge report study.yaml     (one HTML page)
                 evomerge ui study.yaml         (MLflow on the study)
     Take home   evomerge export study.yaml --knee --out merged/
 
@@ -73,6 +76,10 @@ def cli(ctx: click.Context, verbose: bool) -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit with the documented code."""
+    for stream in (sys.stdout, sys.stderr):
+        # Where the encoding has no ± a question mark says enough; a traceback would not.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Abort:
@@ -109,6 +116,8 @@ for _command in (
     cli_cluster.logs,
     cli_cluster.stop,
     cli_look.front,
+    cli_look.compare,
+    cli_look.report,
     cli_look.status,
     cli_ui.ui,
     cli_take_home.export,

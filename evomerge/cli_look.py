@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -26,30 +26,46 @@ from evomerge.errors import NothingUsableError, SetupError
 @OVERRIDES
 @AS_JSON
 @click.option(
-    "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=None,
-    help="Also draw it: .html (interactive), .png or .svg.",
-)
-@click.option("--pick", metavar="HOW", default=None, help=f"Say which it chooses: {PICK_HELP}.")
+    "--plot", metavar="FILE|-", default=None,
+    help="Draw it into a file: .html (interactive), .png or .svg; - draws it here, also where "
+    "the output is no terminal.",
+)  # fmt: skip
+@click.option(
+    "--objectives", "names", metavar="A[,B]", default=None,
+    help="Which objectives to draw; the first two where absent.",
+)  # fmt: skip
+@click.option(
+    "--pick", metavar="HOW", default=None,
+    help=f"Say which member it chooses, and mark it in the terminal: {PICK_HELP}.",
+)  # fmt: skip
 def front(
-    study: str, overrides: tuple[str, ...], as_json: bool, plot: Path | None, pick: str | None
-) -> None:
+    study: str, overrides: tuple[str, ...], as_json: bool, plot: str | None, names: str | None,
+    pick: str | None,
+) -> None:  # fmt: skip
     """Show the Pareto front of a study with the baselines beside it.
 
     STUDY is a study file or its directory. Works while the search is running. A study that was
     run with --set name=... or directory=... is found with the same --set.
+
+    \b
+    On a terminal it is drawn as well: further right and further up is better.
+    evomerge front STUDY --objectives math,code       two of many objectives
+    evomerge front STUDY --plot front.html            all of them, interactive, in one file
+    evomerge front STUDY --pick asf:0.7,0.3           which merge serves these weights best
     """
     from evomerge.facts import front_facts
     from evomerge.picking import pick_line, pick_trial
-    from evomerge.terminal import front_table, gains_table, make_console, save_plot
+    from evomerge.terminal import front_table, gains_table, make_console, print_plot, save_plot
 
     view = open_view(study, overrides)
     if not view.front:
         raise NothingUsableError(f"{study}: no trial has succeeded yet")
+    if as_json and plot == "-":
+        raise click.UsageError("--json prints one document: give --plot a file")
     picked = pick_trial(view, pick) if pick is not None else None
-    if plot is not None:
-        save_plot(view, plot)
+    wanted = None if names is None else names.split(",")
+    if plot not in (None, "-"):
+        save_plot(view, Path(plot), wanted)
         click.echo(f"wrote {plot}", err=as_json)
     if as_json:
         chosen = {} if picked is None else {"picked": {"how": pick, "trial": picked}}
@@ -60,8 +76,112 @@ def front(
     table = gains_table(view)
     if table is not None:
         console.print(table)
+    if plot == "-" or (plot is None and (console.is_terminal or wanted is not None)):
+        print_plot(console, view, wanted, picked)
     if pick is not None and picked is not None:
         console.print(pick_line(view, pick, picked), markup=False, highlight=False, soft_wrap=True)
+
+
+@click.command()
+@STUDY
+@click.argument("which", nargs=-1, metavar="[WHICH]...")
+@OVERRIDES
+@click.option(
+    "--trials", "listed", multiple=True, metavar="WHICH",
+    help="The same as an argument, before the others: --trials 12 base, or --trials 12,17.",
+)  # fmt: skip
+@click.option(
+    "--split", type=click.Choice(["test", "validation", "search"]), default=None,
+    help="Which items; where absent the first of these on which both were scored.",
+)  # fmt: skip
+@click.option(
+    "--items", "count", type=click.IntRange(0), metavar="N", default=0,
+    help="Also list N items per objective on which they differ, by their ids.",
+)  # fmt: skip
+@click.option("--text", is_flag=True, help="With --items: what lm-eval asks; loads the tasks.")
+@AS_JSON
+def compare(
+    study: str, which: tuple[str, ...], overrides: tuple[str, ...], listed: tuple[str, ...],
+    split: Literal["test", "validation", "search"] | None, count: int, text: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Compare merges of a study item by item, the first one with each of the others.
+
+    WHICH is a trial number, knee, hv, best:OBJECTIVE, asf:W1,W2,..., or a baseline: base,
+    expert:NAME, uniform, task_arithmetic:SCALE. One is compared with all baselines; none: the
+    knee is.
+
+    \b
+    evomerge compare STUDY --trials 12 base expert:math
+    evomerge compare STUDY knee uniform --items 10 --text
+
+    Only items that both were scored on count, so that what is hard for both falls out. Beside
+    every difference stand its standard error from paired items, the interval of a paired
+    bootstrap, how many items went either way, and the p-value of McNemar's exact test (of
+    Student's t where scores are not 0 or 1), corrected after Holm for everything in the table.
+    """
+    from evomerge.comparison_rows import comparison_facts
+    from evomerge.item_comparison import compare_trials, find_trial, rivals_of
+    from evomerge.item_texts import item_texts
+    from evomerge.terminal import make_console, print_comparison
+
+    if text and not count:
+        raise click.UsageError("--text is for --items N")
+    view = open_view(study, overrides)
+    words = [*(word for one in listed for word in _listed(one)), *which] or ["knee"]
+    numbers = [find_trial(view, word) for word in words]
+    if len(numbers) == 1:
+        numbers += rivals_of(view, numbers[0])
+    found = compare_trials(view, numbers, split)
+    texts = item_texts(view, found, count) if text else {}
+    if as_json:
+        print_json(comparison_facts(found, count, texts))
+    else:
+        print_comparison(make_console(), found, count, texts)
+
+
+def _listed(text: str) -> list[str]:
+    """Split ``12,17``; the commas of ``asf:0.7,0.3`` belong to it."""
+    return [text] if text.startswith("asf:") else text.split(",")
+
+
+@click.command()
+@STUDY
+@OVERRIDES
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), default=None, metavar="FILE",
+    help="Page to write; report.html where neither it nor --markdown is given.",
+)  # fmt: skip
+@click.option(
+    "--markdown", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True), default=None,
+    metavar="FILE|-", help="Summary for a pull request or a model card; - prints it.",
+)  # fmt: skip
+def report(
+    study: str, overrides: tuple[str, ...], out: Path | None, markdown: Path | None
+) -> None:
+    """Write what came of a study as one HTML page, a Markdown summary, or both.
+
+    The page needs nothing but itself: it can be mailed, attached and opened without a network.
+    It holds what was searched and what it cost, the interactive front, what the recommended
+    merge gains over the baselines with intervals, best values over the trials, coefficients,
+    failures, audits of estimates, versions, and commands to go on. Works while the search runs.
+    """
+    from evomerge.report import save_report
+    from evomerge.report_summary import report_markdown
+
+    view = open_view(study, overrides)
+    if not view.front:
+        raise NothingUsableError(f"{study}: no trial has succeeded yet")
+    if out is not None or markdown is None:
+        path = out or Path("report.html")
+        save_report(view, path)
+        click.echo(f"wrote {path}", err=markdown is not None)
+    if markdown is not None:
+        text = report_markdown(view)
+        if str(markdown) == "-":
+            click.echo(text, nl=False)
+        else:
+            markdown.write_text(text, encoding="utf-8")
+            click.echo(f"wrote {markdown}")
 
 
 @click.command()

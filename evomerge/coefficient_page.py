@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from evomerge.front_page import FrontData, FrontPoint, averaged_rows, block_groups, summary
 from evomerge.front_table import point_name, table_points
 from evomerge.plain_page import cells, heading, page, paragraph
@@ -16,10 +18,7 @@ def coefficient_html(data: FrontData) -> str:
     members = [p for p in table_points(data) if p.front and p.recipe is not None]
     members.sort(key=lambda point: point.number != data.knee)
     shown = members[:_MOST]
-    largest = max(
-        (abs(value) for p in shown for row in _table(p) for value in row), default=0.0
-    )  # fmt: skip
-    largest = largest or 1.0
+    largest = largest_coefficient(shown)
     body = [
         paragraph(
             f"One colour scale for all: blue is negative, white 0, orange {largest:.2f}. Rows are "
@@ -29,20 +28,33 @@ def coefficient_html(data: FrontData) -> str:
     for point in shown:
         assert point.recipe is not None
         body += [
-            heading(f"{point_name(point, data)} · trial {point.number}"),
+            heading(point_name(point, data) + (f" · trial {point.number}" if point.label else "")),
             paragraph(summary(point.recipe)),
-            _map(point.recipe, data.blocks, largest),
+            heat_map(point.recipe, data.blocks, largest),
         ]
     if len(members) > _MOST:
         body.append(paragraph(f"{len(members) - _MOST} more members are in the folder recipes."))
     return page(f"{data.title}: coefficients of the front", body)
 
 
+def largest_coefficient(points: Sequence[FrontPoint]) -> float:
+    """Return the largest absolute coefficient of some merges, for their common colour scale."""
+    values = [abs(value) for point in points for row in _table(point) for value in row]
+    return max(values, default=0.0) or 1.0
+
+
 def _table(point: FrontPoint) -> tuple[tuple[float, ...], ...]:
     return point.recipe.table if point.recipe is not None else ()
 
 
-def _map(recipe: Recipe, blocks: tuple[str, ...], largest: float) -> str:
+def heat_map(recipe: Recipe, blocks: tuple[str, ...], largest: float) -> str:
+    """Return a merge's coefficients as coloured cells: columns of the recipe by blocks.
+
+    Args:
+        recipe: the merge.
+        blocks: labels [B].
+        largest: coefficient of the strongest colour.
+    """
     averaged = averaged_rows(recipe.table)  # [groups, columns]
     known = len(blocks) == len(recipe.table)
     labels = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from evomerge.item_comparison import Comparison, Pairing
@@ -10,13 +11,13 @@ from evomerge.paired_tests import LEVEL
 #: Titles of ``comparison_rows``.
 COMPARISON_HEADER = (
     "against", "objective", "items", "first", "other", "difference", "95 % interval",
-    "better / worse", "p (Holm)",
+    "better/worse", "p (Holm)",
 )  # fmt: skip
 
 
 def comparison_rows(found: Comparison) -> list[tuple[str, ...]]:
     """Return one row of texts per pairing, under ``COMPARISON_HEADER``."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for one in found.pairings:
         error = "" if one.standard_error is None else f" ± {one.standard_error:.3f}"
         ends = "–" if one.interval is None else f"{one.interval[0]:+.3f} to {one.interval[1]:+.3f}"
@@ -24,10 +25,17 @@ def comparison_rows(found: Comparison) -> list[tuple[str, ...]]:
             (
                 found.names[one.theirs], one.objective or "mean", f"{one.items:,} {one.split}",
                 f"{one.values[0]:.3f}", f"{one.values[1]:.3f}", f"{one.difference:+.3f}{error}",
-                ends, f"{one.better} / {one.worse}", _p_text(one),
+                ends, f"{one.better}/{one.worse}", _p_text(one),
             )
         )  # fmt: skip
     return rows
+
+
+def overview_rows(found: Comparison) -> list[tuple[str, ...]]:
+    """Return the rows of the means; all rows where objectives have no mean."""
+    pairs = list(zip(comparison_rows(found), found.pairings, strict=True))
+    means = [row for row, one in pairs if not one.objective]
+    return means or [row for row, _ in pairs]
 
 
 def _p_text(one: Pairing) -> str:
@@ -50,25 +58,30 @@ def comparison_note(found: Comparison) -> str:
     )
 
 
-def comparison_facts(found: Comparison, items: int | None = None) -> dict[str, Any]:
+def comparison_facts(
+    found: Comparison, items: int, texts: Mapping[tuple[str, str], str]
+) -> dict[str, Any]:
     """Return a comparison as data.
 
     Args:
         found: the comparison.
-        items: how many changed items to list per objective; None for all.
+        items: how many changed items to list per objective.
+        texts: what is asked, by objective and item; may be empty.
     """
     return {
         "first": {"trial": found.first, "name": found.names[found.first]},
         "level": LEVEL,
         "correction": "holm",
-        "pairs": [_pairing_facts(found, one, items) for one in found.pairings],
+        "pairs": [_pairing_facts(found, one, items, texts) for one in found.pairings],
     }
 
 
-def _pairing_facts(found: Comparison, one: Pairing, items: int | None) -> dict[str, Any]:
+def _pairing_facts(
+    found: Comparison, one: Pairing, items: int, texts: Mapping[tuple[str, str], str]
+) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "against": {"trial": one.theirs, "name": found.names[one.theirs]},
-        **({"objective": one.objective} if one.objective else {"mean": True}),
+        "objective": one.objective or None,
         "split": one.split,
         "items": one.items,
         "values": list(one.values),
@@ -84,7 +97,12 @@ def _pairing_facts(found: Comparison, one: Pairing, items: int | None) -> dict[s
     }
     if one.objective:
         facts["changed"] = [
-            {"item": change.item, "ours": change.ours, "theirs": change.theirs}
+            {
+                "item": change.item,
+                "ours": change.ours,
+                "theirs": change.theirs,
+                **({"text": asked} if (asked := texts.get((one.objective, change.item))) else {}),
+            }
             for change in one.changes[:items]
         ]
     return facts

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     Field,
+    StrictBool,
     StringConstraints,
     ValidationError,
     field_validator,
@@ -60,6 +61,15 @@ class RangeSection(Section):
 
     low: float
     high: float
+    integer: bool = Field(False, description="search whole numbers only")
+
+
+class ChoicesSection(Section):
+    """A searched option of the method, one value for the whole merge."""
+
+    choices: list[StrictBool | str] = Field(
+        min_length=2, description="of the values that the option takes, at least two"
+    )
 
 
 class SpaceSection(Section):
@@ -69,10 +79,11 @@ class SpaceSection(Section):
     partition: str = Field(
         "layer", description="which tensors share coefficients: " + ", ".join(PARTITIONS)
     )
-    parameters: dict[str, RangeSection | float | int | bool | str] = Field(
+    parameters: dict[str, RangeSection | ChoicesSection | float | int | bool | str] = Field(
         default_factory=dict,
-        description="by the method's own names: {low, high} is searched, a value is fixed; "
-        "`weight.<expert>` overrides one expert",
+        description="by the method's own names: {low, high} is searched, with `integer: true` in "
+        "whole numbers; {choices: [...]} searches an option; a value is fixed; `weight.<expert>` "
+        "overrides one expert",
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="of the merged model, scored and exported; the base's where absent"
@@ -278,6 +289,8 @@ def _problems(error: ValidationError, data: dict[str, Any]) -> list[str]:
     """Return one line per problem: ``dotted.path: problem (remedy)``, each place once."""
     lines: dict[str, str] = {}
     for item in error.errors(include_url=False):
+        if _other_form(item["loc"], data):
+            continue
         kind = _kind_at(item["loc"])
         location = [
             part
@@ -288,6 +301,7 @@ def _problems(error: ValidationError, data: dict[str, Any]) -> list[str]:
         if item["type"] == "extra_forbidden":
             goal = GOALS[str(item["loc"][kind])] if kind and len(item["loc"]) == kind + 2 else None
             known = list(goal.model_fields) if goal else _keys_at(location[:-1])
+            known = next((_FORMS[part] for part in item["loc"] if part in _FORMS), known)
             line = f"{path}: unknown key{suggest(str(location[-1]), known)}"
         elif item["type"] == "missing":
             line = f"{path}: is missing"
@@ -309,6 +323,24 @@ def _problems(error: ValidationError, data: dict[str, Any]) -> list[str]:
         if line.endswith("got a mapping") and any(other.startswith(f"{path}.") for other in lines)
     }
     return [line for path, line in lines.items() if path not in outer]
+
+
+#: Both forms of a searched parameter, and their keys.
+_FORMS: dict[int | str, list[str]] = {
+    section.__name__: list(section.model_fields) for section in (RangeSection, ChoicesSection)
+}
+
+
+def _other_form(location: Sequence[int | str], data: dict[str, Any]) -> bool:
+    """Return whether a problem is one of the form that a searched parameter was not given in."""
+    form = next((part for part in location if part in _FORMS), None)
+    if form is None:
+        return False
+    value: Any = data
+    for part in location[: location.index(form)]:
+        value = value[part]
+    chosen = isinstance(value, dict) and "choices" in value
+    return chosen != (form == "ChoicesSection")
 
 
 def _kind_at(location: Sequence[int | str]) -> int | None:
@@ -343,6 +375,7 @@ _OF_SEVERAL_KEYS = (
 _NOT_A_MAPPING = ("model_type", "model_attributes_type", "dict_type", "dataclass_type")
 _MAPPINGS = {
     "RangeSection": "must be a number or {low, high}",
+    "ChoicesSection": "must be a value or {choices: [...]}",
     "TaskSection": "must be the name of a task or a mapping",
     "EstimatorSection": "must be auto, none, or a mapping such as {name: soft_reg, items: 60}",
 }
@@ -350,7 +383,8 @@ _KINDS: dict[type, str] = {dict: "mapping", list: "list"}
 
 
 _BRANCHES = {
-    "str", "int", "float", "bool", "RangeSection", "TaskSection", "EstimatorSection", "[key]",
+    "str", "int", "float", "bool", "RangeSection", "ChoicesSection", "TaskSection",
+    "EstimatorSection", "[key]",
 }  # fmt: skip
 _BRANCH_KINDS = ("list[", "literal[", "constrained", "function-after[")
 

@@ -1,20 +1,19 @@
 """``fitness.estimator: auto``: what a trial is scored on where the study file does not say.
 
-``soft_reg`` on 60 items by task (at random where an objective is one task), where its evidence
-reaches, else the plain mean of all search items. The figures are those of
+``soft_reg`` on 60 items that tell most about a merge of these experts (``value_optimal_margins``),
+where its evidence reaches, else the plain mean of all search items. The figures are those of
 ``experiments/estimators/README.md``, on the demo's merges:
 
-* Which estimator: of those that need no bank ``soft_reg`` ranks merges best at every size.
-  Items by task rank as well as random ones or better, and their errors are smaller.
-* How many items: at 50 its ranking (.95) is that of the plain mean at 100, with an error of 4.2
-  points; at 20 (.92) of the mean at 50, with 6.0. In whole searches (eight seeds) 60 items by task
-  lost 1.0 points against the full search ([-1.3, +4.3]; seven of eight within 2.5, one 13 points);
-  20 items lost -1.6 ([-6.6, +3.7]), but between -16 and +17 from seed to seed. So 60 items find
-  about what all items find, 20 something else; that either loses less than 1 point is not shown.
-  A search of 100 trials is 6.6 times cheaper with 60 and 8.6 times with 20, endpoints and
-  finalists counted: more than 20 items cost little. Hence 60.
+* Which estimator and items: in whole searches (ten seeds, a coefficient per layer and expert) the
+  chosen merge scored against the full search's -3.9 points of loss ([-7.0, -1.1], a gain) with 60
+  such items and -3.7 ([-7.4, -0.2]) with 20; with items by task -0.5 ([-3.5, 2.6]) and -1.3
+  ([-5.4, 2.9]); with the plain mean of 20 +6.7, with ``gmpirt`` on 20 +7.2. On random merges such
+  items rank no better than items by task: they tell merges of a search apart.
+* How many items: 60 for the narrower interval and against surprises; endpoints and finalists are
+  paid by every search, so that 60 items save a factor of 6.6 in all where 20 save 8.6.
 * From how many search items on: at 200 an estimated trial costs a third of a full one, checks
-  counted; below, endpoints and finalists, which every search pays, leave too little to save.
+  counted; below, endpoints and finalists leave too little to save.
+* With one expert nothing was measured: items by task, at random where an objective is one task.
 * Checks: every 20th trial is scored in full, more often in short searches, so that there are the
   five that a verdict on the estimate needs (``fitness.irt.trust``); with fewer than 25 trials
   they would be over a fifth of the search, which is then scored in full instead.
@@ -97,17 +96,18 @@ def choose(file: StudyFile, fitness: Composite, splits: Sequence[ItemSplit]) -> 
     if against:
         return Choice(None, f"none: the mean of all search items ({against})")
     groups = any(aggregate.strata for aggregate in fitness.aggregates)
+    design, drawn = ("stratified", "by task") if groups else ("random", "at random")
+    if len(file.models.experts) > 1:
+        design, drawn = "value_optimal_margins", "that tell most"
     trials = file.search.trials
     every = FULL_EVERY if trials is None else min(FULL_EVERY, trials // CHECKS)
-    section = EstimatorSection(
-        name="soft_reg", items=ITEMS, design="stratified" if groups else "random", full_every=every
-    )  # type: ignore[call-arg]
+    section = EstimatorSection(name="soft_reg", items=ITEMS, design=design, full_every=every)  # type: ignore[call-arg]
     largest = max(len(split.search) for split in splits)
     return Choice(
         section,
-        f"soft_reg on {ITEMS} items {'by task' if groups else 'at random'} of each objective's up "
-        f"to {largest:,} search items, every {every}th trial on all of them (every item has a "
-        "margin; on the demo's merges 50 such items ranked as well as 100 of the plain mean)",
+        f"soft_reg on {ITEMS} items {drawn} of each objective's up to {largest:,} search items, "
+        f"every {every}th trial on all of them (every item has a margin; on the demo's merges "
+        "such searches found what full ones did or better)",
     )
 
 

@@ -27,7 +27,8 @@ def direction_grams(space: Space, models: Models) -> Grams:
     method, options = space.method
     columns = [column for column, block in space.groups if block == space.blocks[0]]
     linear = method in _DEFAULT_NORMALIZE
-    linear = linear and not options.get("normalize", _DEFAULT_NORMALIZE[method])
+    # A searched option is not False either: then not every merge is linear in its coefficients.
+    linear = linear and options.get("normalize", _DEFAULT_NORMALIZE[method]) is False
     if not linear or columns != [f"weight.{expert.name}" for expert in models.experts]:
         return ()
     stats = Stats(Sources(models))

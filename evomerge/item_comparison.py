@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from evomerge.comparison import aggregates_from, paired_difference
-from evomerge.errors import InputError, suggest
+from evomerge.errors import InputError
 from evomerge.fitness.aggregate import Aggregate
 from evomerge.gain import front_rows, one_unit, trial_name
 from evomerge.paired_tests import (
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 #: The first of these on which both trials were scored is compared, see ``compare_trials``.
 COMPARED: tuple[Split, ...] = ("test", "validation", "search")
-#: Names that stand for a trial, beside numbers and labels of baselines.
-_PICKS = ("knee", "hv", "best:", "asf:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +131,15 @@ def find_trial(view: StudyView, word: str) -> int:
         return labels[word]
     if word in ("knee", "hv") or word.startswith(("best:", "asf:")):
         return pick_trial(view, word)
-    known = [*labels, *_PICKS]
     ends = [label for label in labels if label.partition(":")[2] == word]
-    hint = f" (did you mean {ends[0]!r}?)" if ends else suggest(word, known)
+    near = ends or get_close_matches(word, [*labels, "knee"], n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    scales = [label for label in labels if label.startswith("task_arithmetic:")]
+    shown = [label for label in labels if label not in scales[1:]]
     raise InputError(
         f"{word!r} names no trial of {view.directory}{hint}; expected a number from 0 to "
-        f"{len(view.trials) - 1}, {', '.join(labels)}, knee, hv, best:OBJECTIVE or asf:WEIGHTS"
+        f"{len(view.trials) - 1}, knee, hv, best:OBJECTIVE, asf:W1,W2,..., or a baseline: "
+        f"{', '.join(shown)}{', ...' * (len(scales) > 1)}"
     )
 
 
@@ -247,7 +249,7 @@ def _compare(
                 (_mean([one.values[0] for one in found]), _mean([one.values[1] for one in found])),
                 whole.value,
                 whole.standard_error if whole.comparable else None,
-                interval(sum(sampled) / len(sampled)) if whole.comparable else None,
+                interval(_rows_mean(sampled)) if whole.comparable else None,
                 sum(one.better for one in found), sum(one.worse for one in found),
                 "t", t_test(whole.value, whole.standard_error, whole.items),
             )
@@ -257,6 +259,12 @@ def _compare(
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
+
+
+def _rows_mean(rows: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    import numpy as np
+
+    return np.mean(rows, axis=0, dtype=np.float64)
 
 
 def _common_items(

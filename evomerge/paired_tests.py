@@ -55,6 +55,7 @@ def t_test(difference: float, error: float, items: int) -> float | None:
 
 
 def interval(samples: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the middle share ``LEVEL`` of bootstrapped values [draws]."""
     import numpy as np
 
     low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -19,7 +20,7 @@ th,td{padding:3px 10px;text-align:right;border-top:1px solid var(--line)}
 th{color:var(--soft);font-weight:600}th:first-child,td:first-child{text-align:left}
 """
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-_LABEL_WIDTH, _ROW_HEIGHT = 190, 18
+_LABEL_WIDTH, _ROW_HEIGHT, _TEXT_WIDTH = 190, 18, 84
 
 
 def page(title: str, body: Sequence[str]) -> str:
@@ -66,7 +67,7 @@ def cells(
         texts: what is said when the pointer rests on a cell [R][C]; an empty one says nothing.
     """
     count = max(1, len(columns))
-    width = min(40.0, 960.0 / count)
+    width = min(90.0, 960.0 / count)
     parts = []
     for row, label in enumerate(rows):
         y = row * _ROW_HEIGHT
@@ -80,7 +81,7 @@ def cells(
                 f'height="{_ROW_HEIGHT - 2}" fill="{colour}">{title}</rect>'
             )
     bottom = len(rows) * _ROW_HEIGHT
-    every = max(1, -(-count // 12))
+    every = math.ceil(_TEXT_WIDTH / width)
     for column in range(0, len(columns), every):
         x = _LABEL_WIDTH + column * width
         parts.append(f'<text x="{x:.1f}" y="{bottom + 12}">{escape(columns[column][:14])}</text>')

@@ -10,17 +10,15 @@ from pathlib import Path
 from evomerge.advice import study_warnings
 from evomerge.capacity import MemoryEstimate, capacity_warnings, estimate_memory
 from evomerge.checkpoint import resolve_source
-from evomerge.config import RangeSection, StudyFile
+from evomerge.config import StudyFile
 from evomerge.default_estimator import decide
 from evomerge.direction_grams import direction_grams
 from evomerge.economy import economy, planned_trials, require_enough_items, wants_margins
 from evomerge.errors import (
     EvomergeError,
     InputError,
-    ModelError,
     SetupError,
     StudyFileError,
-    suggest,
 )
 from evomerge.fitness.composite import Composite
 from evomerge.fitness.splits import ItemSplit
@@ -31,15 +29,13 @@ from evomerge.fitness_file import (
     include_paths,
     task_specs,
 )
-from evomerge.layout import Partition, parse_spec, partition, resolve_partition
 from evomerge.merge.masses import MASSES_FILE, Progress, stored_masses, task_vector_masses
-from evomerge.merge.methods import METHODS, Method, Scope
 from evomerge.merge.sources import Sources
 from evomerge.merge.writer import COMPANIONS
 from evomerge.models import Models, open_models
 from evomerge.pool import Pool, SerialPool
 from evomerge.search.auto import explain
-from evomerge.search.baselines import Baseline, baselines
+from evomerge.search.baselines import Baseline
 from evomerge.search.protocol import Searcher, SearchProblem
 from evomerge.search.registry import (
     argument_problems,
@@ -55,12 +51,11 @@ from evomerge.search_facts import (
     search_size,
     surrogate_versions,
 )
-from evomerge.space import Range, Space
+from evomerge.space import Space
 from evomerge.starting import start_baseline
+from evomerge.study_space import baselines_of, columns_of, space_of
 from evomerge.trial import WorkerFactory
 from evomerge.worker import ModelWorkerFactory, load_tokenizer
-
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
@@ -214,7 +209,7 @@ def prepare(file: StudyFile, path: Path, progress: Progress = lambda done, total
             found.setdefault("setup", isinstance(error, SetupError))
 
     attempt("search", lambda: _check_search(file))
-    attempt("columns", lambda: _columns(file))
+    attempt("columns", lambda: columns_of(file))
     attempt("models", lambda: _open(file, root))
     attempt("tasks", lambda: file_fitness(file, root))
     models = found.get("models")
@@ -247,7 +242,7 @@ def prepare(file: StudyFile, path: Path, progress: Progress = lambda done, total
         return masses
 
     try:
-        space = _space(file, models, columns, find_masses)
+        space = space_of(file, models, columns, find_masses)
         start, averaged = start_baseline(file.search.arguments, root, space, models.layout)
         memory = estimate_memory(file.pool, models, space.dtype)
     except EvomergeError as error:
@@ -260,7 +255,7 @@ def prepare(file: StudyFile, path: Path, progress: Progress = lambda done, total
         tasks=tasks,
         splits=splits,
         space=space,
-        baselines=(*_baselines(file, space), *start),
+        baselines=(*baselines_of(file, space), *start),
         factory=_factory(file, root, space),
         memory=memory,
         masses=masses or None,
@@ -287,191 +282,9 @@ def _check_search(file: StudyFile) -> None:
         )
 
 
-def _method(file: StudyFile) -> Method:
-    name = file.space.method
-    if name not in METHODS:
-        raise InputError(f"space.method: unknown {name!r}{suggest(name, METHODS)}")
-    return METHODS[name]
-
-
-def _columns(file: StudyFile) -> dict[str, float | Range]:
-    """Return the columns of the table: searched ranges and fixed numbers."""
-    problems = _form_problems(file)
-    try:
-        method = _method(file)
-    except InputError as error:
-        raise InputError("\n".join([str(error), *problems])) from error
-    experts = tuple(file.models.experts)
-    problems += _experts_problem(method, len(experts))
-    given = {
-        name: value
-        for name, value in file.space.parameters.items()
-        if name not in {option.name for option in method.options}
-    }
-    columns: dict[str, float | Range] = {}
-    refused = False  # a range was given, with a problem of its own
-    for parameter in method.parameters:
-        per_expert = parameter.scope is Scope.EXPERT
-        names = [f"{parameter.name}.{expert}" for expert in experts] if per_expert else []
-        for column in names or [parameter.name]:
-            key = column if column in given else parameter.name
-            value = given.get(key)
-            if value is None:
-                # An essential number is searched, any other keeps its default.
-                low, high = parameter.search
-                columns[column] = (
-                    Range(low, high) if parameter.default is None else parameter.default
-                )
-                continue
-            try:
-                columns[column] = _column_value(key, value, parameter.low, parameter.high)
-            except InputError as error:
-                problems.append(str(error))
-                refused = refused or isinstance(value, RangeSection)
-        given = {name: value for name, value in given.items() if name not in names}
-        given.pop(parameter.name, None)
-    known = [*columns, *(p.name for p in method.parameters), *(o.name for o in method.options)]
-    known = list(dict.fromkeys(known))  # a parameter of the whole merge is a column too
-    problems += [
-        f"space.parameters.{name}: {method.name} has no such parameter{suggest(name, known)}"
-        for name in given
-    ]
-    problems += _option_problems(file, method)
-    if not refused and not any(isinstance(value, Range) for value in columns.values()):
-        problems.append("space.parameters: nothing is searched (give at least one {low, high})")
-    if problems:
-        raise InputError("\n".join(dict.fromkeys(problems)))
-    return columns
-
-
-def _form_problems(file: StudyFile) -> list[str]:
-    """Return what is wrong with the space whatever the method is."""
-    problems = []
-    try:
-        parse_spec(file.space.partition)
-    except InputError as error:
-        problems.append(f"space.{error}")
-    for name, value in file.space.parameters.items():
-        if isinstance(value, RangeSection):
-            try:
-                _require_order(name, value)
-            except InputError as error:
-                problems.append(str(error))
-    return problems
-
-
-def _require_order(name: str, value: RangeSection) -> None:
-    if not value.low < value.high:
-        raise InputError(
-            f"space.parameters.{name}: low {value.low:g} must be < high {value.high:g}"
-        )
-
-
-def _experts_problem(method: Method, count: int) -> list[str]:
-    low, high = method.experts
-    if count < low or (high is not None and count > high):
-        limit = f"{low} to {high}" if high is not None else f"at least {low}"
-        return [f"models.experts: {method.name} takes {limit} experts, got {count}"]
-    return []
-
-
-def _column_value(column: str, value: object, low: float, high: float) -> float | Range:
-    where = f"space.parameters.{column}"
-    if isinstance(value, RangeSection):
-        _require_order(column, value)
-        if value.low < low or value.high > high:
-            raise InputError(f"{where}: must lie in [{low:g}, {high:g}]")
-        return Range(value.low, value.high)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"{where}: expected a number or {{low, high}}, got {value!r}")
-    if not low <= value <= high:
-        raise InputError(f"{where}: must be in [{low:g}, {high:g}], got {value:g}")
-    return float(value)
-
-
-def _option_problems(file: StudyFile, method: Method) -> list[str]:
-    problems = []
-    for option in method.options:
-        value = file.space.parameters.get(option.name, option.default)
-        if value not in option.choices or isinstance(value, bool) != isinstance(
-            option.default, bool
-        ):
-            choices = ", ".join(str(choice).lower() for choice in option.choices)
-            problems.append(f"space.parameters.{option.name}: choose from {choices}, got {value!r}")
-    return problems
-
-
 def _open(file: StudyFile, root: Path) -> Models:
     experts = [(name, resolve_source(source, root)) for name, source in file.models.experts.items()]
     return open_models(resolve_source(file.models.base, root), experts)
-
-
-def _options(file: StudyFile, method: Method) -> dict[str, str | float | bool]:
-    """Return the method's options, checked before, completed by their defaults."""
-    options: dict[str, str | float | bool] = {}
-    for option in method.options:
-        value = file.space.parameters.get(option.name, option.default)
-        assert isinstance(value, str | bool)
-        options[option.name] = value
-    return options
-
-
-def _partition(
-    file: StudyFile, models: Models, masses: Callable[[], Mapping[str, float]]
-) -> Partition:
-    """Return the partition in the form that recipes hold: it never needs the weights again."""
-    try:
-        spec = resolve_partition(file.space.partition, models.layout, masses)
-        return partition(models.layout, spec)
-    except ModelError:
-        raise
-    except InputError as error:
-        raise InputError(f"space.{error}") from error
-
-
-def _space(
-    file: StudyFile,
-    models: Models,
-    columns: dict[str, float | Range],
-    masses: Callable[[], Mapping[str, float]],
-) -> Space:
-    base, experts = models.refs
-    method = _method(file)
-    dtype = _DTYPES[file.space.dtype] if file.space.dtype else models.dtype
-    return Space(
-        method=method.name,
-        base=base,
-        experts=experts,
-        partition=_partition(file, models, masses),
-        layout=models.layout.digest,
-        columns=columns,
-        options=_options(file, method),
-        seed=file.seed,
-        dtype=dtype,
-    )
-
-
-def _baselines(file: StudyFile, space: Space) -> tuple[Baseline, ...]:
-    method = _method(file)
-    experts = tuple(file.models.experts)
-    options = _options(file, method)
-
-    def anchor(weights: tuple[float, ...]) -> dict[str, float] | None:
-        values = method.anchor(weights, options)
-        if values is None:
-            return None
-        columns: dict[str, float] = {}
-        for parameter in method.parameters:
-            if parameter.name not in values:
-                continue
-            if parameter.scope is Scope.EXPERT:
-                for expert, value in zip(experts, values[parameter.name], strict=True):
-                    columns[f"{parameter.name}.{expert}"] = value
-            else:
-                columns[parameter.name] = values[parameter.name][0]
-        return columns
-
-    return baselines(space, experts, anchor, file.baselines.task_arithmetic)
 
 
 def _factory(file: StudyFile, root: Path, space: Space) -> ModelWorkerFactory:

@@ -63,8 +63,9 @@ def informed(
     )
     start = next((one.x for one in baselines if one.label == START), None)
     return replace(
-        problem, warm=warm, groups=space.groups, ranges=space.ranges, start=start, noise=noise
-    )
+        problem, warm=warm, groups=space.groups, ranges=space.ranges, start=start, noise=noise,
+        kinds=space.kinds,
+    )  # fmt: skip
 
 
 def surrogate_versions(searcher: str) -> dict[str, dict[str, str]]:

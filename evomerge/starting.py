@@ -109,7 +109,7 @@ def start_point(recipe: Recipe, space: Space, layout: Layout, blocks: Partition)
         InputError: other models, method, options or columns, or numbers outside the space.
     """
     own = space.decode((0.0,) * space.dimension)
-    _check_same(recipe, own)
+    _check_same(recipe, own, space)
     weights = _overlap(partition(layout, recipe.partition), blocks, layout)
     table = np.array(recipe.table, dtype=np.float64)  # [B of the recipe, C]
     rows = weights @ table  # [B of the space, C]
@@ -118,13 +118,14 @@ def start_point(recipe: Recipe, space: Space, layout: Layout, blocks: Partition)
     places = [recipe.columns.index(name) for name in own.columns]
     return Start(
         space.encode_rows(
-            [dict(zip(own.columns, row[places].tolist(), strict=True)) for row in rows]
+            [dict(zip(own.columns, row[places].tolist(), strict=True)) for row in rows],
+            dict(recipe.options),
         ),
         float(apart.max(initial=0.0)),
     )
 
 
-def _check_same(recipe: Recipe, own: Recipe) -> None:
+def _check_same(recipe: Recipe, own: Recipe, space: Space) -> None:
     """Refuse a recipe that is no point of the space, with every reason."""
     problems = []
     if recipe.base.fingerprint != own.base.fingerprint or recipe.layout != own.layout:
@@ -134,10 +135,11 @@ def _check_same(recipe: Recipe, own: Recipe) -> None:
         problems.append("it has other experts, or in another order")
     if recipe.method != own.method:
         problems.append(f"its method is {recipe.method}, the study's is {own.method}")
-    elif recipe.options != own.options:
-        problems.append(
-            f"its options are {dict(recipe.options)}, the study's are {dict(own.options)}"
-        )
+    elif dict(recipe.options).keys() != dict(own.options).keys() or (
+        space.encode_options(dict(recipe.options)) is None
+    ):
+        own_options = dict(space.method[1])
+        problems.append(f"its options are {dict(recipe.options)}, the study's are {own_options}")
     elif set(recipe.columns) != set(own.columns):
         problems.append(
             f"its columns are {', '.join(recipe.columns)}, the study's {', '.join(own.columns)}"

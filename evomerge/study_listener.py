@@ -48,6 +48,9 @@ class StudyListener:
     def on_trial(self, trial: Trial, replayed: bool) -> None:
         """A trial has its result on the search items; in ask order."""
 
+    def on_result(self, trial: Trial, result: Result) -> None:
+        """The same, with how it was scored: a race may have stopped it; after ``on_trial``."""
+
     def on_score(self, trial: Trial, split: Split, result: Result) -> None:
         """A finalist was scored on ``validation`` or ``test``, or completed."""
 

@@ -396,6 +396,7 @@ class StudyRun:
         result = self.evaluations.result(trial, "search")
         self._advance()
         self.notify("on_trial", settle(trial, result), result.replayed)
+        self.notify("on_result", settle(trial, result), result)
         if isinstance(result.value, Failure):
             logger.info("trial %d failed (%s)", trial.number, result.value.message)
             if self._first_failure is None:

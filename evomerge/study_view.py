@@ -12,9 +12,10 @@ from typing import Any
 
 from evomerge.errors import InputError, StorageError, suggest
 from evomerge.feasibility import best_rows, violation
+from evomerge.growing_front import GrowingFront, reference_point
 from evomerge.item_cache import Items
 from evomerge.journal import is_locked, read
-from evomerge.pareto import hypervolume, knee, nondominated
+from evomerge.pareto import knee
 from evomerge.study_record import History, Reading, Result, Split, distinct, objective_from
 from evomerge.trial import Evaluation, Objective, Trial, TrialState
 from evomerge.valuation import ESTIMATE, SUBSET_MEAN
@@ -327,9 +328,7 @@ class StudyView:
         fixed = [trial for trial in done if trial.kind == "baseline"] or done[:1]
         if not fixed:
             return None
-        rows = [self._search_losses(trial) for trial in fixed]
-        columns = zip(*rows, strict=True)
-        return tuple(max(c) + 0.1 * ((max(c) - min(c)) or 1.0) for c in columns)
+        return reference_point([self._search_losses(trial) for trial in fixed])
 
     def hypervolumes(self) -> tuple[float, ...]:
         """Return the hypervolume of the feasible search scores after each trial [n].
@@ -337,25 +336,16 @@ class StudyView:
         Trials with scores on a part of their items add nothing: they have been beaten, or left
         behind, and the best of many estimates from a few items is a lucky one.
         """
-        front: list[tuple[float, ...]] = []
+        front = GrowingFront(self.reference or ())
         values: list[float] = []
         for trial in self.trials:
-            volume = values[-1] if values else 0.0
             if (
                 trial.evaluation is not None
-                and self.reference is not None
                 and self.history.rung_of(trial.number) is None
                 and violation(self.objectives, trial.evaluation.values) == 0
             ):
-                point = self._search_losses(trial)
-                # Dominated points and equal ones add nothing; most points are.
-                if not any(
-                    all(a <= b for a, b in zip(other, point, strict=True)) for other in front
-                ):
-                    rows = [*front, point]
-                    front = [rows[row] for row in nondominated(rows)]
-                    volume = hypervolume(front, self.reference)
-            values.append(volume)
+                front.add(self._search_losses(trial))
+            values.append(front.volume)
         return tuple(values)
 
     @property

@@ -1,187 +1,35 @@
-"""What a person sees on the terminal: progress while it runs, tables when it is done."""
+"""What a person sees on the terminal when a study is done: tables, plots, what to do next."""
 
 from __future__ import annotations
 
 import shlex
 import shutil
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich import box
+from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from evomerge.comparison_rows import COMPARISON_HEADER, comparison_note, comparison_rows
 from evomerge.errors import InputError
-from evomerge.feasibility import bounds_note, constrained, keeps_bounds, violation
+from evomerge.feasibility import bounds_note, keeps_bounds
 from evomerge.gain import front_rows, gains, one_unit, trial_name
+from evomerge.item_comparison import Comparison
 from evomerge.launch import Finished, run
+from evomerge.live_progress import LiveProgress as LiveProgress
 from evomerge.prepare import Prepared
 from evomerge.presentation import export_command, front_data
-from evomerge.study import Phase, StudyListener
-from evomerge.study import Progress as StudyProgress
-from evomerge.study_record import Result, Split
 from evomerge.study_view import StudyView
 from evomerge.tracking_target import pareto_url, ui_command, ui_url
-from evomerge.trial import Direction, Objective, Trial
-
-#: Without a terminal, one line at least every so many seconds.
-_LINE_SECONDS = 10.0
-
-_PHASES: Mapping[Phase, str] = {
-    "baselines": "baselines",
-    "search": "search",
-    "complete": "finalists, the rest of their items",
-    "validation": "finalists, validation items",
-    "test": "front, held-out items",
-}
+from evomerge.trial import Direction
 
 
 def make_console(stderr: bool = False) -> Console:
     """Return a console; without a terminal its tables are wide enough for their content."""
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=max(console.width, 120))
-
-
-class _Bars(Progress):
-    """Bars, and below them what would push them out of a narrow terminal."""
-
-    note = ""
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        """Yield what is shown."""
-        yield self.make_tasks_table(self.tasks)
-        if self.note:
-            yield Text(self.note, style="dim")
-
-
-class LiveProgress(StudyListener):
-    """Bars on a terminal, plain lines elsewhere.
-
-    Args:
-        console: where to.
-        objectives: of the study, for the best values.
-    """
-
-    def __init__(self, console: Console, objectives: Sequence[Objective]) -> None:
-        self._console = console
-        self._objectives = objectives
-        self._best: list[float | None] = [None] * len(objectives)
-        self._failed = 0
-        self._replayed = 0
-        self._phase: Phase | None = None
-        self._spoke = 0.0
-        self._bar: _Bars | None = None
-        if console.is_terminal:
-            self._bar = _Bars(
-                TextColumn("{task.description:<27}"),
-                BarColumn(max(5, min(40, console.width - 70))), MofNCompleteColumn(),
-                TextColumn("elapsed"), TimeElapsedColumn(),
-                TextColumn("left"), TimeRemainingColumn(), console=console,
-            )  # fmt: skip
-        self._task: int | None = None
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def on_phase(self, phase: Phase, total: int) -> None:
-        """Begin a bar or say so."""
-        self._phase = phase
-        if self._bar is not None:
-            self._task = self._bar.add_task(_PHASES[phase], total=total)
-        else:
-            self._console.print(f"{_PHASES[phase]}: {total} trials")
-            self._spoke = time.monotonic()
-
-    def on_workers(self, facts: Mapping[str, str]) -> None:
-        """Show where trials run."""
-        text = ", ".join(f"{key} {value}" for key, value in facts.items())
-        self._console.print(f"workers: {text}")
-
-    def on_trial(self, trial: Trial, replayed: bool) -> None:
-        """Remember the best values and the failures."""
-        self._replayed += replayed
-        if trial.failure is not None:
-            self._failed += 1
-            if not replayed:
-                self._console.print(
-                    f"trial {trial.number} failed ({trial.failure.kind}): {trial.failure.message}",
-                    markup=False,
-                )
-        if trial.evaluation is None or violation(self._objectives, trial.evaluation.values) > 0:
-            return
-        for index, value in enumerate(trial.evaluation.values):
-            best = self._best[index]
-            loss = self._objectives[index].loss
-            if best is None or loss(value) < loss(best):
-                self._best[index] = value
-
-    def on_score(self, trial: Trial, split: Split, result: Result) -> None:
-        """Nothing: the bar shows it."""
-
-    def on_progress(self, progress: StudyProgress) -> None:
-        """Move the bar, or print a line now and then."""
-        note = self._note(progress)
-        if self._bar is not None and self._task is not None:
-            self._bar.note = note
-            self._bar.update(
-                self._bar.task_ids[self._task], completed=progress.done, total=progress.total
-            )
-        elif progress.done and (
-            progress.done == progress.total or time.monotonic() - self._spoke > _LINE_SECONDS
-        ):
-            self._spoke = time.monotonic()
-            self._console.print(
-                f"{_PHASES[progress.phase]}: {progress.done}/{progress.total}  {note}",
-                highlight=False,
-            )
-
-    def on_finish(self, view: StudyView) -> None:
-        """Say what was taken from the journal."""
-        if self._replayed:
-            self._console.print(f"{self._replayed} results were taken from the journal")
-
-    def _note(self, progress: StudyProgress) -> str:
-        parts = [f"{progress.running} running", f"{progress.items:,} items scored"]
-        if progress.stops:
-            parts.append(f"{progress.stops} stopped early")
-        if self._failed:
-            parts.append(f"{self._failed} failed")
-        if progress.phase in {"baselines", "search"}:
-            best = [
-                f"{objective.name} {value:.3f}"
-                for objective, value in zip(self._objectives, self._best, strict=True)
-                if value is not None
-            ]
-            within = " within all bounds" if constrained(self._objectives) else ""
-            if best:
-                text = f"best so far of each objective{within}, search items: {', '.join(best)}"
-                parts.append(text)
-            elif within and progress.done:
-                parts.append("no trial is within all bounds yet")
-        return "; ".join(parts)
 
 
 def front_table(view: StudyView) -> Table:
@@ -337,22 +185,98 @@ def _command(console: Console, command: str) -> None:
     console.print(f"    {command}", soft_wrap=True, highlight=False, markup=False)
 
 
-def save_plot(view: StudyView, path: Path) -> None:
+def save_plot(view: StudyView, path: Path, names: Sequence[str] | None = None) -> None:
     """Draw the front into a file; the suffix chooses the form.
 
+    Args:
+        view: the study.
+        path: of the file.
+        names: objectives to draw; all of them on a page and the first two in a picture where
+            absent.
+
     Raises:
-        InputError: another suffix, or the file cannot be written.
+        InputError: another suffix, unknown objectives, or the file cannot be written.
     """
     from evomerge.front_page import front_html
     from evomerge.front_plot import save_front
+    from evomerge.terminal_plot import narrowed
 
-    data = front_data(view)
+    data = front_data(view) if names is None else narrowed(front_data(view), names)
     try:
         if path.suffix == ".html":
             path.write_text(front_html(data), encoding="utf-8")
         elif path.suffix in {".png", ".svg"}:
             save_front(data, path)
         else:
-            raise InputError(f"--plot: {path.name}: use a name that ends in .html, .png or .svg")
+            raise InputError(
+                f"--plot: {path.name}: use a name that ends in .html, .png or .svg, or - for the "
+                "terminal"
+            )
     except OSError as error:
         raise InputError(f"--plot: {path}: cannot be written: {error.strerror}") from error
+
+
+def print_plot(
+    console: Console, view: StudyView, names: Sequence[str] | None, picked: int | None
+) -> None:
+    """Draw the front in characters.
+
+    Args:
+        console: where to; ASCII only where its encoding has nothing else.
+        view: the study.
+        names: one or two objectives; the first two where absent.
+        picked: number of a trial to mark.
+
+    Raises:
+        InputError: unknown objectives, or more than two.
+    """
+    from evomerge.terminal_plot import front_text, narrowed
+
+    data = front_data(view)
+    known = [objective.name for objective in data.objectives]
+    if names is not None and len(names) > 2:
+        raise InputError(f"--objectives: {', '.join(names)}: one or two can be drawn here")
+    data = narrowed(data, names or known[:2])
+    plain = "utf" not in console.encoding.lower()
+    console.print(front_text(data, min(console.width, 100), picked, plain), highlight=False)
+    if names is None and len(known) > 2:
+        console.print(f"Other pairs: --objectives A,B of {', '.join(known)}", style="dim",
+                      highlight=False)  # fmt: skip
+
+
+def print_comparison(
+    console: Console, found: Comparison, count: int, texts: Mapping[tuple[str, str], str]
+) -> None:
+    """Show a comparison of trials, and the items on which they differ.
+
+    Args:
+        console: where to.
+        found: the comparison.
+        count: how many items to list per objective.
+        texts: what is asked, by objective and item; may be empty.
+    """
+    title = f"{found.names[found.first]} against the others, on the items that both were scored on"
+    table = Table(title=title, caption=comparison_note(found), box=box.SIMPLE_HEAD, pad_edge=False)
+    for column, name in enumerate(COMPARISON_HEADER):
+        table.add_column(name, justify="left" if column < 2 else "right", no_wrap=True)
+    rows = list(zip(comparison_rows(found), found.pairings, strict=True))
+    for place, (row, one) in enumerate(rows):
+        last = place + 1 == len(rows) or rows[place + 1][1].theirs != one.theirs
+        style = "" if not one.clear else ("green" if one.difference > 0 else "red")
+        table.add_row(*row, style=style, end_section=last)
+    console.print(table)
+    for one in found.pairings if count else ():
+        if not one.objective or not one.changes:
+            continue
+        console.print(
+            f"\n{one.objective}, against {found.names[one.theirs]}: {len(one.changes)} of "
+            f"{one.items} items differ (its score → that of {found.names[one.ours]})",
+            style="bold", highlight=False, markup=False,
+        )  # fmt: skip
+        for change in one.changes[:count]:
+            asked = texts.get((one.objective, change.item), "")
+            console.print(
+                f"  {change.item:>8}  {change.theirs:g} → {change.ours:g}"
+                + (f"  {asked}" if asked else ""),
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip

@@ -21,6 +21,11 @@ Mode = Literal["mean", "estimate", "check"]
 SUBSET_MEAN, ESTIMATE = "subset mean", "estimate"
 
 
+#: Whatever is larger is an overflow somewhere. Searchers take all such losses for equal, but the
+#: front would not.
+LARGEST_VALUE = 1e20
+
+
 def checked(
     result: object,
     objectives: Sequence[Objective],
@@ -86,6 +91,8 @@ def value_problem(objective: Objective, value: float, error: float) -> str:
     """Return what is wrong with the value of an objective, empty where nothing is."""
     if not math.isfinite(value):
         return f"{objective.name}: value {value} is not finite"
+    if abs(value) > LARGEST_VALUE:
+        return f"{objective.name}: value {value} is beyond {LARGEST_VALUE:g}; no score is so large"
     if not (math.isfinite(error) and error >= 0):
         return f"{objective.name}: standard error {error} is not usable"
     return ""

@@ -31,7 +31,7 @@ def call(
 
 
 VERBS = (
-    "demo", "init", "check", "run", "submit", "logs", "stop", "front", "export", "merge",
+    "demo", "init", "check", "run", "submit", "logs", "stop", "front", "compare", "report", "export", "merge",
     "directions", "bench", "calibrate", "status", "list", "schema", "sync",
 )  # fmt: skip
 

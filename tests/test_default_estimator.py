@@ -55,6 +55,10 @@ def copy(project: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(project, tmp_path / "project"))
 
 
+#: Of several experts; and a study with one.
+OPTIMAL, ALONE = "value_optimal_margins", "models.experts={math: models/math}"
+
+
 def prepared(folder: Path, *overrides: str) -> Prepared:
     return prepare(load(folder / "study.yaml", overrides), folder / "study.yaml")
 
@@ -62,13 +66,15 @@ def prepared(folder: Path, *overrides: str) -> Prepared:
 @pytest.mark.parametrize(
     ("overrides", "design", "every"),
     [
-        ((LONG,), "random", 20),
-        (("search.trials=25",), "random", 5),
-        ((LONG, "fitness.tasks=[picks]", "fitness.items.search=300"), "stratified", 20),
-        ((LONG, "fitness.tasks=[picks, pick_a]"), "stratified", 20),
-        ((LONG, "fitness.tasks=[write]"), "random", 20),
-        ((LONG, "fitness.objectives=[{kind: distance}]"), "random", 20),
-        (("search={items: 100000, searcher: random}",), "random", 20),
+        ((LONG,), OPTIMAL, 20),
+        (("search.trials=25",), OPTIMAL, 5),
+        ((LONG, "fitness.tasks=[picks]", "fitness.items.search=300"), OPTIMAL, 20),
+        ((LONG, "fitness.tasks=[picks, pick_a]"), OPTIMAL, 20),
+        ((LONG, "fitness.tasks=[write]"), OPTIMAL, 20),
+        ((LONG, "fitness.objectives=[{kind: distance}]"), OPTIMAL, 20),
+        (("search={items: 100000, searcher: random}",), OPTIMAL, 20),
+        ((LONG, ALONE), "random", 20),
+        ((LONG, ALONE, "fitness.tasks=[picks]", "fitness.items.search=300"), "stratified", 20),
     ],
 )
 def test_many_items_with_margins_are_estimated(

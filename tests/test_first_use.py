@@ -27,9 +27,9 @@ from evomerge.gain import front_rows
 from evomerge.launch import Finished
 from evomerge.memory import available_bytes
 from evomerge.models import open_models
-from evomerge.prepare import _columns
 from evomerge.ray_pool import RayPool
 from evomerge.study_listener import Progress
+from evomerge.study_space import columns_of
 from evomerge.template import study_template
 from evomerge.terminal import LiveProgress, activation, front_table, print_finished
 from evomerge.tracking import _first_line
@@ -156,7 +156,7 @@ def test_a_broken_base_hid_broken_experts(tmp_path: Path) -> None:
 def test_an_unknown_method_hid_the_partition_and_ranges(tmp_path: Path) -> None:
     space = "space: {method: tie, partition: layers, parameters: {weight: {low: 2, high: 1}}}\n"
     with pytest.raises(InputError) as caught:
-        _columns(load(study_file(tmp_path, FORM + space)))
+        columns_of(load(study_file(tmp_path, FORM + space)))
     method, partition, weight = str(caught.value).splitlines()
     assert method.startswith("space.method: unknown 'tie'")
     assert partition.startswith("space.partition: ")
@@ -166,7 +166,7 @@ def test_an_unknown_method_hid_the_partition_and_ranges(tmp_path: Path) -> None:
 def test_an_inverted_range_was_reported_per_expert_and_as_nothing_searched(tmp_path: Path) -> None:
     space = "space: {method: task_arithmetic, parameters: {weight: {low: 2, high: 1}}}\n"
     with pytest.raises(InputError) as caught:
-        _columns(load(study_file(tmp_path, FORM + space)))
+        columns_of(load(study_file(tmp_path, FORM + space)))
     assert str(caught.value) == "space.parameters.weight: low 2 must be < high 1"
 
 

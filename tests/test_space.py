@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from evomerge.layout import Partition
 from evomerge.merge.methods import METHODS
 from evomerge.recipe import ModelRef
-from evomerge.search.baselines import baselines
+from evomerge.search.baselines import Anchored, baselines
 from evomerge.space import Range, Space
 
 BLOCKS = ("embed", "layer.0", "final")
@@ -73,10 +73,10 @@ def test_digest_follows_the_map() -> None:
 
 
 def test_baselines_are_points_of_the_space_where_the_method_allows() -> None:
-    def anchor(weights: tuple[float, ...]) -> dict[str, float] | None:
+    def anchor(weights: tuple[float, ...]) -> Anchored | None:
         values = METHODS["task_arithmetic"].anchor(weights, {})
         assert values is not None
-        return dict(zip(("weight.math", "weight.code"), values["weight"], strict=True))
+        return dict(zip(("weight.math", "weight.code"), values["weight"], strict=True)), {}
 
     box = space()
     made = {b.label: b for b in baselines(box, ("math", "code"), anchor, (0.5, 1.7))}

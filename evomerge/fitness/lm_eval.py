@@ -157,6 +157,19 @@ class LmEvalTasks:
         with _lm_eval(self._templates, logging.ERROR):
             return tuple(map(reason, self._columns))
 
+    def text(self, objective: int, item: str) -> str:
+        """Return what a task asks in one item, without few-shot examples.
+
+        Args:
+            objective: its number.
+            item: one of its ids.
+        """
+        parts = self._columns[objective].parts
+        part = next(one for one in parts if item.rpartition("/")[0] == one.prefix.rstrip("/"))
+        task = self._tasks[part.task]
+        with _lm_eval(self._templates, logging.ERROR):
+            return str(task.task.doc_to_text(task.docs[int(item.removeprefix(part.prefix))]))
+
     def attach(self, live: Live) -> LmEvalFitness:
         """Return what scores a live model; see ``bind``."""
         return self.bind(live.model, live.tokenizer, live.batch_size, live.batch_tokens)

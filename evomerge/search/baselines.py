@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from evomerge.recipe import Recipe
 from evomerge.space import Space
 
-#: The method's column values at which it equals ``W_base + Σ_k w_k·τ_k``; None where it cannot.
-Anchor = Callable[[tuple[float, ...]], Mapping[str, float] | None]
+#: Values of the columns, and of the options.
+Anchored = tuple[Mapping[str, float], Mapping[str, object]]
+#: Where the method equals ``W_base + Σ_k w_k·τ_k``; None where it cannot.
+Anchor = Callable[[tuple[float, ...]], Anchored | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,6 @@ def baselines(
 
 def _baseline(space: Space, label: str, weights: tuple[float, ...], anchor: Anchor) -> Baseline:
     values = anchor(weights)
-    x = space.encode(values) if values is not None else None
+    x = space.encode(*values) if values is not None else None
     recipe = space.task_arithmetic(weights) if x is None else space.decode(x)
     return Baseline(label, x, recipe)

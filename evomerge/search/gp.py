@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.search.design import sobol
+from evomerge.search.kinds import snap
 from evomerge.search.map import surrogate_effort
 from evomerge.search.protocol import SearchProblem
 from evomerge.search.rounds import Known, Proposal, RoundSearcher
@@ -47,6 +48,30 @@ _LENGTH, _SIGNAL, _NOISE = (0.05, 20.0), (0.05, 50.0), (1e-6, 1.0)
 
 
 @dataclass(frozen=True)
+class _Plane:
+    """Where n points lie, in coordinates of their own: fewer than d, at equal distances.
+
+    One length scale for all dimensions sees distances only, so nothing is lost, and every step
+    of a fit costs n²·n instead of n²·d.
+    """
+
+    centre: Array  # [d]
+    axes: Array  # [d, r], r <= n
+
+    @staticmethod
+    def of(points: Array) -> _Plane:
+        centre = points.mean(axis=0)
+        return _Plane(centre, np.linalg.qr((points - centre).T)[0])
+
+    def __call__(self, points: Array) -> Array:
+        """Return the coordinates [n, r + 1]; the last is how far outside a point lies."""
+        moved = points - self.centre
+        inside = moved @ self.axes
+        outside = (moved**2).sum(axis=1) - (inside**2).sum(axis=1)
+        return np.column_stack([inside, np.sqrt(np.maximum(outside, 0.0))])
+
+
+@dataclass(frozen=True)
 class Process:
     """The Gaussian process of one objective.
 
@@ -60,12 +85,14 @@ class Process:
     r2: float
     error: float
     _model: Any
+    _plane: _Plane | None
     _mean: float
     _deviation: float
 
     def __call__(self, points: Array) -> tuple[Array, Array]:
         """Return means [n] and standard deviations [n] at points [n, d], in loss units."""
-        mean, deviation = self._model.predict(points, return_std=True)
+        places = points if self._plane is None else self._plane(points)
+        mean, deviation = self._model.predict(places, return_std=True)
         return (
             np.asarray(self._mean + self._deviation * mean),
             np.asarray(self._deviation * deviation),
@@ -92,6 +119,9 @@ def fit_process(points: Array, losses: Array, start: Array | None = None) -> Pro
     largest = float(np.abs(losses - mean).max())
     deviation = largest * float(np.sqrt(np.mean(((losses - mean) / (largest or 1.0)) ** 2)))
     normal = (losses - mean) / (deviation or 1.0)
+    wide = dimension > max(_ARD_DIMENSIONS, len(points))
+    plane = _Plane.of(points) if wide else None
+    points = plane(points) if plane else points
     model = GaussianProcessRegressor(kernel, alpha=0.0, optimizer=None).fit(points, normal)
 
     def negative(theta: Array) -> tuple[float, Array]:
@@ -113,6 +143,7 @@ def fit_process(points: Array, losses: Array, start: Array | None = None) -> Pro
         1.0 - float((left_out**2).mean()),
         deviation * float(np.sqrt((left_out**2).mean())),
         best,
+        plane,
         mean,
         deviation,
     )
@@ -157,9 +188,12 @@ class GpProposer:
         self._fit(known)
         start = measured_front(known.points, known.losses)
         seed = int(self._generator.integers(2**31))
-        pool = evolve(self._optimistic, start, self._problem.objectives, self._effort, seed)
+        problem = self._problem
+        pool = evolve(
+            self._optimistic, start, problem.objectives, self._effort, seed, problem.kinds
+        )
         around = surroundings(start, 3 * self._batch, self._generator)
-        pool = np.concatenate([pool, around])
+        pool = snap(np.concatenate([pool, around]), problem.kinds)
         points = choose(
             pool, self._optimistic(pool), self._scale, known.points, known.losses, known.failed,
             self._batch, spare,

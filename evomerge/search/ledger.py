@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from evomerge.errors import CallOrderError
+from evomerge.search.kinds import snap
 from evomerge.search.protocol import Candidate, SearchProblem, Told
 
 
@@ -22,16 +23,20 @@ class Ledger:
     def __init__(self, problem: SearchProblem) -> None:
         self._dimension = problem.dimension
         self._objectives = problem.objectives
+        self._kinds = problem.kinds
         self._asked = 0
         self.outstanding: dict[int, Candidate] = {}
 
     def issue(self, x: ArrayLike) -> Candidate:
-        """Return the next candidate, at ``x`` [d] clipped to the unit box."""
+        """Return the next candidate, at ``x`` [d] clipped to the unit box.
+
+        Where a dimension has levels, it is at the middle of one: see ``SearchProblem.kinds``.
+        """
         point = np.asarray(x, dtype=np.float64)
         if point.shape != (self._dimension,) or not np.isfinite(point).all():
             raise AssertionError(f"expected a finite point [{self._dimension}], got {point!r}")
         # Adding 0.0 turns -0.0 into 0.0, so that equal points also look equal in the journal.
-        inside = np.clip(point, 0.0, 1.0) + 0.0
+        inside = snap(np.clip(point, 0.0, 1.0) + 0.0, self._kinds)
         candidate = Candidate(self._asked, tuple(inside.tolist()))
         self._asked += 1
         self.outstanding[candidate.id] = candidate

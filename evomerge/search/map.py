@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.search.design import nearest_failed, novel, sobol
+from evomerge.search.kinds import snap
 from evomerge.search.protocol import SearchProblem
 from evomerge.search.quadratic import Quadratic, count_terms, fit
 from evomerge.search.rounds import Known, Proposal, RoundSearcher
@@ -81,9 +82,10 @@ class MapProposer:
             return self._uncertain(known, min(self._batch, self._learned - known.told))
         start = measured_front(known.points, known.losses)
         seed = int(self._generator.integers(2**31))
-        pool = evolve(self._predict, start, self._problem.objectives, self._effort, seed)
+        problem = self._problem
+        pool = evolve(self._predict, start, problem.objectives, self._effort, seed, problem.kinds)
         around = surroundings(start, 3 * self._batch, self._generator)
-        pool = np.concatenate([pool, around])
+        pool = snap(np.concatenate([pool, around]), problem.kinds)
         points = choose(
             pool, self._predict(pool), self._scale, known.points, known.losses, known.failed,
             self._batch, spare,
@@ -115,6 +117,7 @@ class MapProposer:
         """Return the points whose measurement tells most, one after the other."""
         assert self._scale is not None
         pool = sobol(_VARIANCE_POOL, self._problem.dimension, self._generator)
+        pool = snap(pool, self._problem.kinds)
         usable = novel(pool, known.points)
         apart = usable & ~nearest_failed(pool, known.points, known.failed)
         pool = pool[apart if apart.sum() >= count else usable]

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from evomerge.search.generational import Array, GenerationalSearcher
+from evomerge.search.kinds import snap
 from evomerge.search.ledger import Ledger, check_count
 from evomerge.search.protocol import Candidate, Searcher, SearchProblem, Told
 
@@ -81,7 +82,7 @@ class Breeding:
         # planes of the box, and crossover cannot leave those.
         count = max(size - len(problem.warm), size // 2)
         cells = np.stack([rng.permutation(count) for _ in range(problem.dimension)], axis=1)
-        points = (cells + rng.random(cells.shape)) / count  # [count, d]
+        points = snap((cells + rng.random(cells.shape)) / count, problem.kinds)  # [count, d]
         if problem.start is not None and problem.start not in [one.x for one in problem.warm]:
             points[0] = problem.start
         fresh = Population.new(X=points)
@@ -295,7 +296,7 @@ def moead(problem: SearchProblem, arguments: Mapping[str, Any]) -> Searcher:
             directions,
             n_neighbors=min(arguments["neighbors"], size),
             sampling=initial,
-            **_operators(arguments, crossover=1.0),
+            **_operators(problem, arguments, crossover=1.0),
         )
 
     return GenerationalSearcher(problem, GeneticEngine(Breeding(problem, build, size, fixed=True)))
@@ -313,7 +314,7 @@ def rvea(problem: SearchProblem, arguments: Mapping[str, Any]) -> Searcher:
             directions,
             alpha=arguments["alpha"],
             sampling=initial,
-            **_operators(arguments, crossover=1.0),
+            **_operators(problem, arguments, crossover=1.0),
         )
 
     generations = max(2, ceil(problem.budget / size))
@@ -385,7 +386,7 @@ def _genetic(problem: SearchProblem, algorithm: Any, arguments: Mapping[str, Any
             pop_size=size,
             n_offsprings=1 if steady else None,
             sampling=initial,
-            **_operators(arguments, crossover=0.9),
+            **_operators(problem, arguments, crossover=0.9),
         )
 
     breeding = Breeding(problem, build, size)
@@ -401,15 +402,19 @@ def _directed(problem: SearchProblem, algorithm: Any, arguments: Mapping[str, An
     return _genetic(problem, partial(algorithm, directions), arguments)
 
 
-def _operators(arguments: Mapping[str, Any], crossover: float) -> dict[str, Any]:
+def _operators(
+    problem: SearchProblem, arguments: Mapping[str, Any], crossover: float
+) -> dict[str, Any]:
     """Return SBX crossover and polynomial mutation (Deb & Agrawal 1995), not shared."""
+    etas = arguments["crossover_eta"], arguments["mutation_eta"]
+    if problem.kinds:
+        from evomerge.search.mixed import mixed_operators
+
+        return mixed_operators(problem.kinds, crossover, *etas)
     from pymoo.operators.crossover.sbx import SBX
     from pymoo.operators.mutation.pm import PM
 
-    return {
-        "crossover": SBX(prob=crossover, eta=arguments["crossover_eta"]),
-        "mutation": PM(eta=arguments["mutation_eta"]),
-    }
+    return {"crossover": SBX(prob=crossover, eta=etas[0]), "mutation": PM(eta=etas[1])}
 
 
 def _directions(problem: SearchProblem, arguments: Mapping[str, Any]) -> Array:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -128,18 +127,18 @@ class NestedPlan:
 
     def _closest(self) -> tuple[Node, Node]:
         """Return the two nodes whose own scores differ least; the first two without scores."""
-        pairs = list(combinations(self._nodes, 2))
+        values = np.array([self._value(node) for node in self._nodes])  # [n]
+        # A node without scores is as close to all others as can be.
+        apart = np.nan_to_num(np.abs(values[:, None] - values[None, :]), nan=0.0)  # [n, n]
+        apart[np.tril_indices(len(values))] = np.inf
+        left, right = divmod(int(apart.argmin()), len(values))  # the first of equals
+        return self._nodes[left], self._nodes[right]
 
-        def difference(pair: tuple[Node, Node]) -> float:
-            values = []
-            for node in pair:
-                if node.losses is None:
-                    return 0.0
-                own = node.own or tuple(range(self._problem.objectives))
-                values.append(self._mean(node.losses, own)[0])
-            return abs(values[0] - values[1])
-
-        return min(pairs, key=difference)
+    def _value(self, node: Node) -> float:
+        """Return the mean of a node's own losses; NaN where they are not known."""
+        if node.losses is None:
+            return float("nan")
+        return self._mean(node.losses, node.own or tuple(range(self._problem.objectives)))[0]
 
 
 def _leaves(problem: SearchProblem) -> tuple[Array, list[Node]]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from evomerge.space import Kind
+
 
 @dataclass(frozen=True, slots=True)
 class WarmPoint:
@@ -41,6 +43,8 @@ class SearchProblem:
         ranges: the coefficient at 0 and at 1 of each dimension [d]; empty when that is not known.
         grams: inner products of what the searched columns of each block multiply [B][C][C],
             where merges are linear in them; empty when they are not known.
+        kinds: what each dimension is [d]; empty where all are real. Candidates lie in the middle
+            of the bins of what is not (``Ledger`` sees to it), and so do warm points and start.
         item_weights: of each task in ``Told.items``, negative where smaller scores are better;
             empty for 1 each.
     """
@@ -57,6 +61,7 @@ class SearchProblem:
     ranges: tuple[tuple[float, float], ...] = ()
     grams: tuple[tuple[tuple[float, ...], ...], ...] = ()
     item_weights: tuple[float, ...] = ()
+    kinds: tuple[Kind, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

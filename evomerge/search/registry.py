@@ -237,6 +237,11 @@ def _check_problem(problem: SearchProblem) -> None:
             f"SearchProblem.groups: expected none or [{problem.dimension}], got "
             f"[{len(problem.groups)}]"
         )
+    if problem.kinds and len(problem.kinds) != problem.dimension:
+        raise ValueError(
+            f"SearchProblem.kinds: expected none or [{problem.dimension}], got "
+            f"[{len(problem.kinds)}]"
+        )
     start = problem.start
     if start is not None and (
         len(start) != problem.dimension or not all(0.0 <= value <= 1.0 for value in start)

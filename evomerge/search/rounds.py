@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from evomerge.search.kinds import snap
 from evomerge.search.ledger import Ledger, check_count
 from evomerge.search.protocol import Candidate, SearchProblem, Told
 
@@ -135,7 +136,9 @@ class RoundSearcher:
             self._archive.append((point, told))
         proposal = self._proposer.propose(self._known())
         assert len(proposal.points), "a round needs at least one point"
-        self._points, self._predicted = np.clip(proposal.points, 0.0, 1.0), proposal.predicted
+        # What is archived is what was asked, and that lies in the middle of a level.
+        self._points = snap(np.clip(proposal.points, 0.0, 1.0), self._problem.kinds)
+        self._predicted = proposal.predicted
         self._ids, self._told = [], {}
 
     def _known(self) -> Known:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from evomerge.pareto import hypervolume, nondominated
 from evomerge.search.design import SAME, nearest_failed, novel
 from evomerge.search.protocol import SearchProblem, Told, WarmPoint
+from evomerge.space import Kind
 
 Array = NDArray[np.float64]
 
@@ -49,7 +50,10 @@ class Effort:
     generations: int
 
 
-def evolve(predict: Predict, start: Array, objectives: int, effort: Effort, seed: int) -> Array:
+def evolve(
+    predict: Predict, start: Array, objectives: int, effort: Effort, seed: int,
+    kinds: Sequence[Kind] = (),
+) -> Array:  # fmt: skip
     """Return good points of the surrogates [<= 200, d]: their front, and what is close to it.
 
     Args:
@@ -58,8 +62,9 @@ def evolve(predict: Predict, start: Array, objectives: int, effort: Effort, seed
         objectives: m.
         effort: see there.
         seed: of the evolution.
+        kinds: of the dimensions.
     """
-    from evomerge.search.registry import check_arguments, find_searcher
+    from evomerge.search.registry import SEARCHERS
 
     dimension = start.shape[1]
     population = effort.population
@@ -69,10 +74,12 @@ def evolve(predict: Predict, start: Array, objectives: int, effort: Effort, seed
         WarmPoint(tuple(x), tuple(y))
         for x, y in zip(start.tolist(), predict(start).tolist(), strict=True)
     )
-    problem = SearchProblem(dimension, objectives, generations * population, population, seed, warm)
-    entry = find_searcher(effort.algorithm)
-    arguments = check_arguments(effort.algorithm, {"population": population})
-    searcher = entry.build(problem, arguments)
+    problem = SearchProblem(
+        dimension, objectives, generations * population, population, seed, warm, kinds=tuple(kinds)
+    )
+    entry = SEARCHERS[effort.algorithm]  # our own: looking for plugins takes milliseconds
+    arguments = {name: spec.default for name, spec in entry.arguments.items()}
+    searcher = entry.build(problem, {**arguments, "population": population})
     points, losses = [start], [predict(start)]
     for _ in range(generations):
         asked = searcher.ask(10 * population)

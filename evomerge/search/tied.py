@@ -49,10 +49,11 @@ def levels(problem: SearchProblem, blocks: int) -> tuple[NDArray[np.intp], ...]:
     """
     groups = problem.groups or tuple(("", str(index)) for index in range(problem.dimension))
     columns = {name: number for number, name in enumerate(dict.fromkeys(c for c, _ in groups))}
-    order = {name: number for number, name in enumerate(dict.fromkeys(b for _, b in groups))}
+    named = [b for _, b in groups if b]  # what belongs to the whole merge has no block
+    order = {name: number for number, name in enumerate(dict.fromkeys(named))}
     found: list[NDArray[np.intp]] = []
     for runs in sorted({1, min(blocks, len(order)), len(order)}):
-        keys = [(columns[c], order[b] * runs // len(order)) for c, b in groups]
+        keys = [(columns[c], order[b] * runs // len(order) if b else 0) for c, b in groups]
         number = {key: index for index, key in enumerate(sorted(set(keys)))}
         tying = np.array([number[key] for key in keys])
         if not found or tying.max() > found[-1].max():
@@ -94,13 +95,15 @@ class TiedPlan:
         tying = self._levels[self._level]
         dimension = int(tying.max()) + 1
         seeds = np.random.SeedSequence([self._problem.seed, self._level, self._final])
+        kinds = self._problem.kinds and tuple(self._problem.kinds[n] for n in _first(tying))
         problem = SearchProblem(
             dimension,
             self._problem.objectives,
             max(1, self._problem.budget - asked),
             self._problem.parallel,
             int(seeds.generate_state(1)[0]),
-            tuple(self._inherited(tying, dimension)),
+            tuple(self._inherited(tying)),
+            kinds=kinds,
         )
         name = level_searcher(problem)
         return Stage(
@@ -137,9 +140,9 @@ class TiedPlan:
             return len(before) < 2
         return _gain(np.array(before), np.array(new)) >= _PAYS
 
-    def _inherited(self, tying: NDArray[np.intp], dimension: int) -> list[WarmPoint]:
+    def _inherited(self, tying: NDArray[np.intp]) -> list[WarmPoint]:
         """Return what is known and can be said in this level's coordinates, the best of it."""
-        first = np.array([int(np.flatnonzero(tying == place)[0]) for place in range(dimension)])
+        first = _first(tying)  # [dimension]
         known = [
             WarmPoint(tuple(np.asarray(x)[first].tolist()), losses)
             for x, losses in self._archive
@@ -148,6 +151,11 @@ class TiedPlan:
         if self._level == 0 or len(known) <= _INHERITED:
             return known
         return [known[row] for row in _best_first([one.losses for one in known])[:_INHERITED]]
+
+
+def _first(tying: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Return the first dimension of each tied coordinate."""
+    return np.unique(tying, return_index=True)[1]
 
 
 def _gain(before: Array, after: Array) -> float:

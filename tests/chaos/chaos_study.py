@@ -1,6 +1,6 @@
 """The study that is killed: a formula instead of models, everything else as in a real one.
 
-What a driver leaves behind beside its journal: ``starts.log``, a line for every evaluation that a
+What a driver leaves behind in ``notes``: ``starts.log``, a line for every evaluation that a
 worker began; ``running/PID``, the job that a worker is at; ``ended.json``, what the searcher was
 told, when a driver came to its end; ``driver.log``.
 """
@@ -14,10 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any, Literal
-from zlib import crc32
 
 from toy_study import ToyStudyWorker, note, toy_splits, toy_study
 
@@ -75,7 +74,12 @@ class Plan:
 
 def share(text: str) -> float:
     """Return a number in [0, 1) that depends on a text only."""
-    return crc32(text.encode()) / 2**32
+    return int.from_bytes(blake2b(text.encode(), digest_size=6).digest()) / 2**48
+
+
+def notes(directory: Path) -> Path:
+    """Return where the suite notes what happens to a study; not on the study's disk."""
+    return directory.with_name(f"{directory.name}.notes")
 
 
 class ChaosWorker(ToyStudyWorker):
@@ -143,7 +147,6 @@ class ChaosFactory:
 
     def __call__(self) -> Worker:
         """Build it."""
-        (self.place / "running").mkdir(exist_ok=True)
         return ChaosWorker(self.place, self.plan)
 
 
@@ -181,10 +184,10 @@ def chaos_study(
     on_searcher: Callable[[Recording], None] = lambda searcher: None,
     listeners: Sequence[StudyListener] = (),
 ) -> Study:
-    """Return the study of a plan in ``directory``; its other files are beside the journal."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Return the study of a plan in ``directory``."""
+    (notes(directory) / "running").mkdir(parents=True, exist_ok=True)
     spool = Spool(directory / SPOOL, "chaos")
-    factory = SpoolingFactory(ChaosFactory(directory, plan), spool.directory, spool.owner)
+    factory = SpoolingFactory(ChaosFactory(notes(directory), plan), spool.directory, spool.owner)
 
     def searcher(problem: SearchProblem) -> Searcher:
         made = Recording(make_searcher(plan.searcher, {}, problem))
@@ -224,15 +227,17 @@ def _pool(plan: Plan, factory: SpoolingFactory) -> Pool:
 
 def drive(plan: Plan, directory: Path) -> None:
     """Be a driver: what `evomerge run` does with a study, in a process of its own."""
-    logging.basicConfig(filename=directory / "driver.log", force=True)
+    place = notes(directory)
+    place.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(filename=place / "driver.log", force=True)
     searchers: list[Recording] = []
     try:
         view = chaos_study(plan, directory, searchers.append).run()
     except (EvomergeError, Interrupted) as error:
-        (directory / "error.txt").write_text(str(error))
+        (place / "error.txt").write_text(str(error))
         sys.exit(error.exit_code)
     ended: Mapping[str, Any] = {
         "told": searchers[0].told, "digest": searchers[0].digest,
         "front": view.front, "knee": view.knee,
     }  # fmt: skip
-    (directory / "ended.json").write_text(json.dumps(ended))
+    (place / "ended.json").write_text(json.dumps(ended))

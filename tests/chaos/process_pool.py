@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
+import signal
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkContext, ForkServerContext
+from multiprocessing.process import BaseProcess
 
 from evomerge.errors import EvomergeError, SetupError
 from evomerge.patience import Patience, Timeout
@@ -23,12 +26,14 @@ from evomerge.trial import Evaluation, Failure, Job, Outcome, WorkerFactory
 MAX_ATTEMPTS = 3
 
 
-def context() -> ForkServerContext:
-    """Return the context in which drivers and workers start.
+def context() -> ForkServerContext | ForkContext:
+    """Return the context in which drivers and workers start, within milliseconds.
 
-    They are forked from one clean process that has loaded the searchers already. So a start costs
-    milliseconds, and no process inherits the lock of a driver or the pipes of another worker.
+    Drivers are forked from one clean process that has loaded the searchers already, and workers
+    from their driver; each closes what it inherited, as a process that was started anew would.
     """
+    if multiprocessing.parent_process() is not None:
+        return multiprocessing.get_context("fork")
     made = multiprocessing.get_context("forkserver")
     made.set_forkserver_preload(["__main__", "preloaded"])
     return made
@@ -43,7 +48,7 @@ class _Entry:
 @dataclass
 class _Slot:
     name: str
-    process: ForkServerProcess
+    process: BaseProcess
     pipe: Connection
     ready: bool = False
     entry: _Entry | None = None
@@ -194,6 +199,11 @@ class ProcessPool:
 
 def _serve(pipe: Connection, factory: WorkerFactory) -> None:
     """Be a worker until the driver is gone, however it went."""
+    # The lock of the study, or the pipe of another worker, must not outlive the driver here.
+    os.closerange(3, pipe.fileno())
+    os.closerange(pipe.fileno() + 1, 4096)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     try:
         worker = build_worker(factory)
     except EvomergeError as error:

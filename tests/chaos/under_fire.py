@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
@@ -28,11 +28,11 @@ from process_pool import context
 
 from evomerge.driver_lock import LOCK
 from evomerge.journal import JOURNAL, read
-from evomerge.replay import record_problems
+from evomerge.replay import record_problems, verify
 from evomerge.spool import SPOOL, job_key
 from evomerge.study_record import SPLITS, History
 from evomerge.study_view import StudyView
-from evomerge.trial import Evaluation, Failure, Job
+from evomerge.trial import Evaluation, Job
 
 #: ``driver``, ``worker``: SIGKILL. ``start``: SIGKILL while the next driver replays. ``tear``: the
 #: driver, and the last bytes of its journal. ``freeze``: SIGSTOP, a second driver is refused, a
@@ -79,7 +79,8 @@ class Tally:
         redone: complete evaluations that were made again.
         torn: records that were torn on purpose; as many may be redone.
         repeated: evaluations that were cut short by a kill and so had to be begun again.
-        identical: it ends like the search that nobody disturbed.
+        identical: it ends like the search that nobody disturbed, or with ``order: completion`` its
+            own replay repeats it.
         problems: everything else that was wrong.
         seconds: all together.
     """
@@ -134,28 +135,28 @@ class UnderFire:
     def __init__(self, plan: Plan, directory: Path, dice: random.Random) -> None:
         self._plan = plan
         self._directory = directory
+        self._notes = chaos_study.notes(directory)
         self._dice = dice
-        self._driver: ForkServerProcess | None = None
+        self._driver: BaseProcess | None = None
         self._complete: dict[str, int] = {}  # key: how often it had been begun
         self._hits: Counter[str] = Counter()
         self.tally = Tally()
 
     # -- the driver -------------------------------------------------------------------------
 
-    def start(self) -> ForkServerProcess:
+    def start(self) -> BaseProcess:
         """Start a driver; whatever is complete now must not be begun again."""
-        self._note_complete()
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self.note_complete()
         driver = context().Process(target=chaos_study.drive, args=(self._plan, self._directory))
         driver.start()
         self._driver = driver
         return driver
 
-    def running(self) -> ForkServerProcess | None:
+    def running(self) -> BaseProcess | None:
         """Return the driver, None when it has ended."""
         if self._driver is not None and self._driver.exitcode is not None:
             if self._driver.exitcode not in (0, -signal.SIGKILL):
-                error = self._directory / "error.txt"
+                error = self._notes / "error.txt"
                 text = error.read_text() if error.exists() else "a traceback, on stderr"
                 self.tally.problems.append(f"a driver ended with {self._driver.exitcode}: {text}")
             self._driver = None
@@ -171,7 +172,7 @@ class UnderFire:
             driver.join()
         self.running()
 
-    def _kill(self, driver: ForkServerProcess) -> None:
+    def _kill(self, driver: BaseProcess) -> None:
         driver.kill()
         driver.join()
         self._driver = None
@@ -191,7 +192,7 @@ class UnderFire:
                 return False
             time.sleep(0.0005)
         time.sleep(self._dice.random() * 0.006)  # anywhere between two records
-        if (self._directory / "ended.json").exists():
+        if (self._notes / "ended.json").exists():
             return False
         match fault:
             case "worker":
@@ -250,7 +251,7 @@ class UnderFire:
             os.truncate(path, len(data) - self._dice.randint(1, min(200, last)))
             self.tally.torn += 1
 
-    def _freeze(self, driver: ForkServerProcess) -> None:
+    def _freeze(self, driver: BaseProcess) -> None:
         assert driver.pid is not None
         os.kill(driver.pid, signal.SIGSTOP)
         began = time.monotonic()
@@ -261,13 +262,13 @@ class UnderFire:
         if second.exitcode != 5 or took > 2.0:
             self.tally.problems.append(f"a second driver: exit {second.exitcode} in {took:.1f} s")
             second.kill()
-        (self._directory / "error.txt").unlink(missing_ok=True)
+        (self._notes / "error.txt").unlink(missing_ok=True)
         for mark in self._marks()[:1]:
             self.tally.kills["worker"] += self._hit(mark)
         time.sleep(_FROZEN_SECONDS)
         os.kill(driver.pid, signal.SIGCONT)
 
-    def _overtake(self, frozen: ForkServerProcess) -> None:
+    def _overtake(self, frozen: BaseProcess) -> None:
         """Let a frozen driver lose its lock, and wake up when the next one is at work."""
         assert frozen.pid is not None
         os.kill(frozen.pid, signal.SIGSTOP)
@@ -281,11 +282,11 @@ class UnderFire:
         if frozen.exitcode not in (0, 5):
             self.tally.problems.append(f"an overtaken driver ended with {frozen.exitcode}")
             frozen.kill()
-        (self._directory / "error.txt").unlink(missing_ok=True)
+        (self._notes / "error.txt").unlink(missing_ok=True)
 
     # -- what must hold ---------------------------------------------------------------------
 
-    def _note_complete(self) -> None:
+    def note_complete(self) -> None:
         """Look at what is complete, and whether any of it was begun again since the last look."""
         begun = self._begun()
         self.tally.redone += sum(begun[key] - count for key, count in self._complete.items())
@@ -307,8 +308,13 @@ class UnderFire:
             if result.reused is None
         }  # fmt: skip
 
-    def judge(self, reference: End) -> Tally:
-        """Compare the study that has come to its end with one that nobody disturbed."""
+    def judge(self, reference: End | None) -> Tally:
+        """Compare the study that has come to its end with one that nobody disturbed.
+
+        Args:
+            reference: None where the order of arrival is part of the search, so that no two are
+                equal: then a fresh searcher must repeat every ask from the journal.
+        """
         tally = self.tally
         begun = self._begun()
         tally.redone += sum(begun[key] - count for key, count in self._complete.items())
@@ -323,9 +329,15 @@ class UnderFire:
             if record["ev"] in ("tell", "score")
         ]
         tally.duplicated = len(results) - len(set(results))
-        ended = json.loads((self._directory / "ended.json").read_text())
+        ended = json.loads((self._notes / "ended.json").read_text())
         end = end_of(self._directory, ended["digest"], ended["told"])
-        tally.identical = end == reference
+        if reference is None:
+            study = chaos_study.chaos_study(self._plan, self._directory)
+            verified = verify(self._directory, study)
+            tally.problems += verified.problems
+            tally.identical = verified.finished and verified.compared == verified.trials
+        else:
+            tally.identical = end == reference
         if not tally.identical:
             tally.problems.append(f"{end} is not {reference}")
         left = [path.name for path in (self._directory / SPOOL).glob("*.json")]
@@ -334,12 +346,12 @@ class UnderFire:
         return tally
 
     def _begun(self) -> Counter[str]:
-        path = self._directory / "starts.log"
+        path = self._notes / "starts.log"
         return Counter(path.read_text().split()) if path.exists() else Counter()
 
     def _marks(self) -> list[Path]:
         with suppress(FileNotFoundError):
-            return sorted((self._directory / "running").iterdir())
+            return sorted((self._notes / "running").iterdir())
         return []
 
     def _size(self) -> int:
@@ -361,6 +373,6 @@ def survive(plan: Plan, faults: Sequence[Fault], directory: Path, seed: int) -> 
     for fault, place in zip(faults, places, strict=True):
         study.strike(fault, int(place * length))
     study.finish()
-    tally = study.judge(reference)
+    tally = study.judge(reference if plan.order == "ask" else None)
     tally.seconds = time.monotonic() - began
     return tally
