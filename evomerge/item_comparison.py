@@ -264,7 +264,8 @@ def _mean(values: Sequence[float]) -> float:
 def _rows_mean(rows: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     import numpy as np
 
-    return np.mean(rows, axis=0, dtype=np.float64)
+    total: NDArray[np.float64] = np.sum(rows, axis=0, dtype=np.float64)
+    return total / len(rows)
 
 
 def _common_items(

@@ -185,7 +185,7 @@ def _failures(view: StudyView) -> Iterator[str]:
     failed = [(t.number, t.failure) for t in view.trials if t.failure is not None]
     if not failed:
         return
-    yield heading(f"{len(failed)} failed trials")
+    yield heading(f"{len(failed)} failed trial{'s' * (len(failed) != 1)}")
     kinds = Counter(failure.kind for _, failure in failed)
     yield paragraph(", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
     rows = [

@@ -42,7 +42,7 @@ def report_markdown(view: StudyView) -> str:
             comparison_note(found).replace("*", r"\*"), "",
         ]  # fmt: skip
     if view.counts.failed:
-        lines += [f"{view.counts.failed} trials failed; `evomerge report` lists why.", ""]
+        lines += [f"Failed trials: {view.counts.failed}; `evomerge report` lists why.", ""]
     lines += ["Take it home:", "", f"    {export_command(view, '--pick knee', 'merged')}",
               "    evomerge verify merged", ""]  # fmt: skip
     return redacted("\n".join(lines))

@@ -80,13 +80,13 @@ fitness:
   # allow_task_code: true    # for tasks that run code, such as mbpp: in a container, say
   # Disjoint items of each task: counts, or fractions such as 0.1.
   items:
-    search: 100              # scored for every trial; from 200 on only 60, see estimator
+    search: 300              # every trial is scored on 60 of them, see estimator
     validation: 200          # decide the reported front
     test: 500                # held out, only reported
   # Which of the search items a trial is scored on. auto takes soft_reg on 60 of 200 or more,
   # where every answer has a margin, and all of them elsewhere; `evomerge check` says which.
   # estimator: none          # all of them, always
-  # estimator: {{name: soft_reg, items: 60, design: random}}    # evomerge list estimators
+  # estimator: {{name: soft_reg, items: 60, design: value_optimal_margins}}  # evomerge list estimators
   batch_size: 64
 
 search:

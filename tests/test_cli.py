@@ -31,8 +31,8 @@ def call(
 
 
 VERBS = (
-    "demo", "init", "check", "run", "submit", "logs", "stop", "front", "compare", "report", "export", "merge",
-    "directions", "bench", "calibrate", "status", "list", "schema", "sync",
+    "demo", "init", "check", "run", "submit", "logs", "stop", "front", "compare", "report",
+    "export", "merge", "directions", "bench", "calibrate", "status", "list", "schema", "sync",
 )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from evomerge.paired_tests import Resampling, bootstrap, holm, mcnemar
 from evomerge.study_record import History, Result
 from evomerge.study_view import StudyView
 from evomerge.terminal import print_comparison
-from evomerge.trial import Direction, Evaluation, Objective, Score
+from evomerge.trial import Direction, Evaluation, Objective, Score, Trial
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ class TestCompareTrials:
         history.sets.append((("d", "c", "x"),))
         history.set_of[1] = 0
 
-        def trial(number: int, *scores: float) -> object:
+        def trial(number: int, *scores: float) -> Trial:
             evaluation = Evaluation((Score(0.0, 0.0, scores),), {})
             return replace(view.trials[0], number=number, evaluation=evaluation, label=f"l{number}")
 

@@ -71,7 +71,7 @@ def test_everything_is_on_it(page: str, view: StudyView) -> None:
     found = outline(page)
     assert found.headings == [
         f"What trial {view.knee} (knee) gains over the baselines", "Over the trials",
-        "What the front is made of", "1 failed trials", "Go on", "Environment",
+        "What the front is made of", "1 failed trial", "Go on", "Environment",
     ]  # fmt: skip
     text = " ".join(" ".join(found.text).split())
     comparison = recommended_comparison(view)
@@ -102,10 +102,10 @@ def test_it_tells_no_secrets_and_escapes_what_users_write(page: str) -> None:
 
 
 def test_audits_are_summed_up(view: StudyView) -> None:
+    mean = Reading((0.4, 0.9), (0.1, 0.1))
     audits = tuple(
-        Audit(n, (0.5, 0.5), Reading((0.5 + 0.1 * n, 0.5), (0.2, 0.2)), Reading((0.4, 0.9), (0.1, 0.1)))
-        for n in (0, 1)
-    )  # fmt: skip
+        Audit(n, (0.5, 0.5), Reading((0.5 + 0.1 * n, 0.5), (0.2, 0.2)), mean) for n in (0, 1)
+    )
     other = replace(view)
     object.__setattr__(other, "audits", audits)  # a cached property of the frozen view
     text = " ".join(outline(report_html(other)).text)
@@ -129,12 +129,12 @@ def test_the_summary_is_short_markdown(view: StudyView) -> None:
     tables = [line for line in text.splitlines() if line.startswith("| ")]
     assert sum("| mean |" in line for line in tables) == len({t.label for t in view.baselines}) - 1
     assert "evomerge export" in text
-    assert "1 trials failed" in text
+    assert "Failed trials: 1;" in text
     assert str(view.directory.parent) not in text or "--out merged" in text
 
 
 def test_a_file_that_cannot_be_written(view: StudyView, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--out: .*nowhere.*cannot be written: No such file"):
+    with pytest.raises(InputError, match=r"--out: .*nowhere.*cannot be written: No such file"):
         save_report(view, tmp_path / "nowhere/report.html")
 
 

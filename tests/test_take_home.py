@@ -21,6 +21,8 @@ from evomerge.checkpoint import to_float32
 from evomerge.config import load
 from evomerge.errors import InputError, ModelError
 from evomerge.export import Exported, ExportOptions
+from evomerge.item_comparison import compare_trials
+from evomerge.item_texts import item_texts
 from evomerge.lora import factors, write_lora
 from evomerge.model_search import find_models
 from evomerge.models import open_models
@@ -493,3 +495,31 @@ class TestAgain:
         assert find_models(recipe, [project / "models/math"]) == {}
         with pytest.raises(InputError, match="--models: no such directory"):
             find_models(recipe, [tmp_path / "gone"])
+
+
+def test_compare_shows_what_the_items_ask(
+    project: Path, view: StudyView, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    found = compare_trials(view, [2, 1])
+    texts = item_texts(view, found, 3)
+    asked = {
+        name: [json.loads(line)["text"] + "=" for line in path.read_text().splitlines()]
+        for name in ("pick_a", "pick_b")
+        if (path := project / "fitness" / f"{name}.jsonl")
+    }
+    wanted = {
+        (pairing.objective, change.item): asked[pairing.objective][int(change.item)]
+        for pairing in found.pairings
+        for change in pairing.changes[:3]
+    }
+    assert texts == wanted
+    assert wanted, "the merges must differ somewhere"
+    code, out, _ = call(
+        capsys, monkeypatch, "compare", view.directory, 2, 1, "--items", 3, "--text", "--json"
+    )
+    assert code == 0
+    shown = [c["text"] for pair in json.loads(out)["pairs"] for c in pair.get("changed", ())]
+    assert sorted(shown) == sorted(wanted.values())
+    code, _, err = call(capsys, monkeypatch, "compare", view.directory, 2, 1, "--text")
+    assert (code, "--text is for --items N" in err) == (2, True)

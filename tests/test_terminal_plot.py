@@ -11,7 +11,7 @@ from small_study import finished
 
 from evomerge import cli
 from evomerge.errors import InputError
-from evomerge.front_page import FrontData, FrontPoint, Measured
+from evomerge.front_page import FrontData, FrontPoint, Kind, Measured
 from evomerge.presentation import front_data
 from evomerge.study_view import StudyView
 from evomerge.terminal_plot import front_text, narrowed
@@ -23,9 +23,10 @@ def view(tmp_path_factory: pytest.TempPathFactory) -> StudyView:
     return finished(tmp_path_factory.mktemp("plot") / "strings", objectives=3)
 
 
-def point(number: int, x: float, y: float, kind: str = "search", label: str = "", front: bool = False) -> FrontPoint:  # fmt: skip
-    measured = Measured((x, y), (0.0, 0.0))
-    return FrontPoint(number, kind, label, front, measured)  # type: ignore[arg-type]
+def point(
+    number: int, x: float, y: float, kind: Kind = "search", label: str = "", front: bool = False
+) -> FrontPoint:
+    return FrontPoint(number, kind, label, front, Measured((x, y), (0.0, 0.0)))
 
 
 DATA = FrontData(

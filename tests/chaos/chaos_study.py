@@ -222,7 +222,7 @@ def _pool(plan: Plan, factory: SpoolingFactory) -> Pool:
         return ProcessPool(factory, plan.workers, timeout)
     from evomerge.ray_pool import RayPool
 
-    return RayPool(factory, plan.workers, cpus_per_worker=0.25, timeout=timeout)
+    return RayPool(factory, plan.workers, timeout=timeout)
 
 
 def drive(plan: Plan, directory: Path) -> None:
