@@ -12,6 +12,10 @@ from evomerge.search.protocol import SearchProblem
 from evomerge.space import Space
 
 
+#: Searchers that only combine what is known.
+_MIXING = ("m2n2", "nested_map")
+
+
 def study_warnings(
     file: StudyFile, space: Space, splits: Sequence[ItemSplit], problem: SearchProblem
 ) -> list[str]:
@@ -27,12 +31,18 @@ def study_warnings(
 
 
 def _search(file: StudyFile, space: Space) -> list[str]:
-    if file.search.trials is None or file.search.trials >= 2 * space.dimension:
-        return []
-    return [
-        f"search.trials: {file.search.trials} trials for {space.dimension} coefficients is "
-        "little (use a coarser partition, or more trials)"
-    ]
+    warnings = []
+    if file.search.trials is not None and file.search.trials < 2 * space.dimension:
+        warnings.append(
+            f"search.trials: {file.search.trials} trials for {space.dimension} coefficients is "
+            "little (use a coarser partition, or more trials)"
+        )
+    if space.kinds and file.search.searcher in _MIXING:
+        warnings.append(
+            f"search.searcher: {file.search.searcher} mixes the baselines, which lie at few "
+            "values of what is no real number, and hardly leaves them (nsga2, ga or gp_rounds do)"
+        )
+    return warnings
 
 
 def _item_budget(file: StudyFile, splits: Sequence[ItemSplit], problem: SearchProblem) -> list[str]:

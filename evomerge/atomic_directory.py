@@ -5,13 +5,13 @@ Everything is written into a temporary neighbour, made durable, then renamed.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +20,7 @@ from evomerge.errors import InputError, StorageError
 
 _SPARE_BYTES = 64 << 20
 
-#: An empty directory so young may belong to a process that is about to lock it.
-_YOUNG_SECONDS = 10.0
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 def require_free(out: Path) -> None:
@@ -68,46 +67,49 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         StorageError: the disk is full, or takes no file as large.
         InputError: it cannot be written for another reason.
     """
-    temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
-    lock = -1
     try:
         _sweep(out)
-        temporary.mkdir()
-        lock = _try_lock(temporary)  # released by the kernel, whatever ends this process
-        yield temporary
-        publish(temporary, out)
+        temporary, lock = _temporary(out)
+        try:
+            yield temporary
+            publish(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(lock)
     except OSError as error:
         raise _storage_error(out, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if lock >= 0:
+
+
+def _temporary(out: Path) -> tuple[Path, int]:
+    """Make a directory and the handle that locks it; the kernel releases it with this process."""
+    while True:
+        temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
+        temporary.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # swept before it was locked: another one
+            lock = os.open(temporary, _DIRECTORY)
+            with contextlib.suppress(OSError):  # a file system without locks; nobody sweeps there
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if temporary.is_dir():
+                return temporary, lock
             os.close(lock)
 
 
 def _sweep(out: Path) -> None:
-    """Remove what killed processes began to write for ``out``; what is at work is left alone."""
+    """Remove what killed processes began to write for ``out``; who is at work holds a lock."""
     name = re.compile(re.escape(f".{out.name}.") + "[0-9a-f]{8}[.]tmp")
     for path in sorted(out.parent.iterdir()):
         if not name.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
             continue
-        young = time.time() - path.stat().st_mtime < _YOUNG_SECONDS
-        if young and not any(path.iterdir()):
-            continue
-        lock = _try_lock(path)
-        if lock >= 0:
-            shutil.rmtree(path, ignore_errors=True)
-            os.close(lock)
-
-
-def _try_lock(directory: Path) -> int:
-    """Return a handle that locks a directory, -1 where somebody else does or nobody can."""
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # taken, or a file system without locks
-        os.close(handle)
-        return -1
-    return handle
+        with contextlib.suppress(FileNotFoundError):  # somebody else has swept it
+            lock = os.open(path, _DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def publish(temporary: Path, out: Path) -> None:

@@ -62,6 +62,8 @@ def front(
         raise NothingUsableError(f"{study}: no trial has succeeded yet")
     if as_json and plot == "-":
         raise click.UsageError("--json prints one document: give --plot a file")
+    if as_json and names is not None and plot is None:
+        raise click.UsageError("--objectives says what to draw: give --plot FILE with --json")
     picked = pick_trial(view, pick) if pick is not None else None
     wanted = None if names is None else names.split(",")
     if plot not in (None, "-"):
@@ -155,9 +157,7 @@ def _listed(text: str) -> list[str]:
     "--markdown", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True), default=None,
     metavar="FILE|-", help="Summary for a pull request or a model card; - prints it.",
 )  # fmt: skip
-def report(
-    study: str, overrides: tuple[str, ...], out: Path | None, markdown: Path | None
-) -> None:
+def report(study: str, overrides: tuple[str, ...], out: Path | None, markdown: Path | None) -> None:
     """Write what came of a study as one HTML page, a Markdown summary, or both.
 
     The page needs nothing but itself: it can be mailed, attached and opened without a network.

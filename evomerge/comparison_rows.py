@@ -46,15 +46,23 @@ def _p_text(one: Pairing) -> str:
 
 
 def comparison_note(found: Comparison) -> str:
-    """Return what the table's columns are, in two sentences."""
+    """Return what the table's columns are, and where its items flatter the front."""
     tests = sorted({one.test for one in found.pairings if one.p is not None})
     names = {"mcnemar": "McNemar's exact test where all scores are 0 or 1", "t": "Student's t"}
     tested = ", else ".join(names[test] for test in tests) or "nothing could be tested"
     count = sum(one.p is not None for one in found.pairings)
     corrected = f", corrected for {count} tests (Holm)" if count > 1 else ""
+    known = {"search": "the search was led by", "validation": "the front was chosen by"}
+    used = {one.split for one in found.pairings}
+    flattering = "".join(
+        f" {split.capitalize()} items flatter the front: {why} them."
+        for split, why in known.items()
+        if split in used
+    )
     return (
         f"Positive differences: {found.names[found.first]} is better. ± is the standard error of "
         f"paired items, the interval a paired bootstrap's. p: {tested}{corrected}; * is below 0.05."
+        f"{flattering}"
     )
 
 

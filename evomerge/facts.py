@@ -12,6 +12,7 @@ from evomerge.feasibility import bounds
 from evomerge.gain import front_rows, gains, trial_name
 from evomerge.prepare import Prepared
 from evomerge.savings import savings_facts, savings_lines
+from evomerge.space import Choices, Space
 from evomerge.study_view import StudyView
 from evomerge.trial import Evaluation, Objective, Trial
 
@@ -93,7 +94,7 @@ def plan_lines(prepared: Prepared) -> dict[str, Any]:
         "objectives": splits,
         "space": (
             f"{file.space.method}, partition {file.space.partition}: {space.dimension} "
-            f"coefficients ({len(space.blocks)} blocks)"
+            f"coefficients ({len(space.blocks)} blocks)" + _mixed(space)
         ),
         "search": (
             f"{file.search.searcher}: {prepared.trials} trials after "
@@ -109,6 +110,16 @@ def plan_lines(prepared: Prepared) -> dict[str, Any]:
         "memory": prepared.memory.lines(),
         "warnings": list(prepared.warnings),
     }
+
+
+def _mixed(space: Space) -> str:
+    """Return what is searched beside real numbers, empty where nothing is."""
+    whole = {name for (name, _), kind in zip(space.groups, space.kinds, strict=False) if kind.name == "integer"}
+    parts = [f"whole numbers: {', '.join(sorted(whole))}"] if whole else []
+    for name, value in space.method[1].items():
+        if isinstance(value, Choices):
+            parts.append(f"{name}: {' or '.join(str(one).lower() for one in value.values)}")
+    return "".join(f"; {part}" for part in parts)
 
 
 def _wanted(objective: Objective) -> str:

@@ -13,6 +13,7 @@ from importlib.resources import files
 from typing import Literal
 
 from evomerge.feasibility import bounds
+from evomerge.merge.methods import changed_options
 from evomerge.recipe import Recipe
 from evomerge.trial import Direction, Objective
 
@@ -83,13 +84,17 @@ class FrontData:
 
 
 def summary(recipe: Recipe) -> str:
-    """Return the columns' means, with their range over the blocks where they vary."""
+    """Return the columns' means, with their range over the blocks where they vary.
+
+    Options follow where they are not the method's defaults.
+    """
     parts = []
     for name in recipe.columns:
         column = recipe.column(name)
         low, high, mean = min(column), max(column), sum(column) / len(column)
         spread = f" ({low:.2f} to {high:.2f})" if high - low > 0.005 else ""
         parts.append(f"{name.removeprefix('weight.')} {mean:.2f}{spread}")
+    parts += [f"{name} {value}" for name, value in changed_options(recipe).items()]
     return f"{recipe.method}: " + ", ".join(parts)
 
 

@@ -12,6 +12,7 @@ from evomerge.feasibility import constrained, violation
 from evomerge.front_page import FrontData, FrontPoint, front_html
 from evomerge.front_table import front_csv
 from evomerge.gain import Gain
+from evomerge.merge.methods import changed_options
 from evomerge.recipe import Recipe
 from evomerge.trial import Trial
 
@@ -138,6 +139,7 @@ def trial_params(trial: Trial) -> dict[str, str]:
     recipe = trial.recipe
     return {
         "method": recipe.method,
+        **changed_options(recipe),
         **{name: f"{fmean(values):.4f}" for name, values in _summaries(recipe).items()},
     }
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+from evomerge.errors import StorageError
 from evomerge.journal import decode, encode, hexes, unhexes
 from evomerge.trial import Evaluation, Job, Score, Worker, WorkerFactory
 
@@ -59,12 +60,18 @@ class Spool:
         """Make the folder; remove what was measured for another owner.
 
         Raises:
-            OSError: it cannot be made.
+            StorageError: it cannot be made; a full disk is the usual cause.
         """
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not self.mine():
-            self.clear()
-            _write(self.directory / _OWNER, self.owner.encode())
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self.mine():
+                self.clear()
+                _write(self.directory / _OWNER, self.owner.encode())
+        except OSError as error:
+            raise StorageError(
+                f"{self.directory}: cannot be written: {error.strerror or error} (free some "
+                "space, then run the same command again to continue)"
+            ) from error
 
     def mine(self) -> bool:
         """Return whether the folder can be seen from here and is this study's."""
@@ -202,7 +209,7 @@ class SpoolingFactory:
         local = Spool(_cache() / self.owner, self.owner)
         try:
             local.open()
-        except OSError as error:
+        except StorageError as error:
             logger.warning("no spool: %s", error)
             return worker
         return SpoolingWorker(worker, local, local=True)

@@ -153,6 +153,9 @@ def print_finished(console: Console, finished: Finished) -> None:
             markup=False, highlight=False,
         )  # fmt: skip
         _command(console, f"evomerge sync {view.directory}")
+    console.print("  or all of it as one HTML page, and what a difference is worth:")
+    _command(console, f"evomerge report {shlex.quote(str(view.directory))}")
+    _command(console, f"evomerge compare {shlex.quote(str(view.directory))}")
     console.print("Take home:", style="bold")
     if view.knee is not None:
         _command(console, export_command(view, "--knee", "merged"))

@@ -25,7 +25,9 @@ import pytest
 
 from evomerge.errors import CallOrderError
 from evomerge.pareto import hypervolume
+from evomerge.search.kinds import snap
 from evomerge.search.protocol import Candidate, Searcher, SearchProblem, Told, WarmPoint
+from evomerge.space import REAL, Kind
 
 Build = Callable[[SearchProblem], Searcher]
 Judge = Callable[[Candidate], Told]
@@ -194,6 +196,20 @@ class SearcherConformance:
         assert points.shape == (budget, dimension)
         assert ((points >= 0.0) & (points <= 1.0)).all()
         assert all(type(value) is float for candidate in candidates for value in candidate.x)
+
+    def test_asks_only_for_the_middles_of_levels(self) -> None:
+        kinds = (REAL, Kind("integer", 5), Kind("choice", 3))
+        places = np.array([[0.5, 0.5, 0.5], [0.0, 0.1, 1 / 6]])
+        warm = tuple(
+            WarmPoint(tuple(x), sphere(Candidate(0, tuple(x)), self.objectives).losses)
+            for x in places.tolist()
+        )
+        problem = replace(self.problem(dimension=3, budget=24), warm=warm, kinds=kinds)
+        calls = self.run(problem)
+        points = np.array([candidate.x for candidate in asked(calls)])
+        assert np.array_equal(points, snap(points, kinds))
+        assert len(np.unique(points[:, 0])) > 3, "the real dimension is not searched"
+        replay(self.build(problem), calls)
 
     @pytest.mark.parametrize("dimension", [1, 2, 6, 40, 400])
     def test_takes_a_hundred_results_at_every_size(self, dimension: int) -> None:

@@ -35,7 +35,16 @@ LEVELS = (
         "testing_pool",
     ),
     ("feasibility", "contract"),
-    ("items", "window", "study_record", "valuation", "evaluations", "growing_front", "study_view", "comparison"),
+    (
+        "items",
+        "window",
+        "study_record",
+        "valuation",
+        "evaluations",
+        "growing_front",
+        "study_view",
+        "comparison",
+    ),
     ("choosing", "telling", "references", "brackets"),
     (
         "gain",

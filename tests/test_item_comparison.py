@@ -179,6 +179,8 @@ class TestCompareTrials:
         )
         found = one(view, str(plain), "base", "uniform")
         assert {p.split for p in found.pairings} == {"search"}
+        assert "Search items flatter the front" in comparison_note(found)
+        assert "flatter" not in comparison_note(one(view, "knee", "base"))
         with pytest.raises(InputError, match=f"trial {plain} has no scores on test items"):
             compare_trials(view, [0, plain], "test")
 

@@ -158,6 +158,7 @@ class TestCommand:
             (("--plot", "x.jpg"), "use a name that ends in .html, .png or .svg, or -"),
             (("--plot", "-", "--objectives", "reverse,sort,nll"), "one or two can be drawn here"),
             (("--plot", "-", "--json"), "--json prints one document: give --plot a file"),
+            (("--objectives", "sort", "--json"), "--objectives says what to draw"),
             (("--objectives", "x"), "--objectives: unknown 'x'"),
         ],
     )

@@ -20,48 +20,39 @@ from evomerge.space import Kind
 Array = NDArray[np.float64]
 
 
-def mixed_operators(
-    kinds: Sequence[Kind], crossover: float, crossover_eta: float, mutation_eta: float
-) -> dict[str, Any]:
-    """Return crossover and mutation for dimensions of the given kinds [d].
+def with_levels(sbx: Any, pm: Any, kinds: Sequence[Kind]) -> tuple[Any, Any]:
+    """Return crossover and mutation classes for dimensions of the given kinds [d].
 
     Args:
+        sbx: pymoo's class of SBX crossover.
+        pm: pymoo's class of polynomial mutation.
         kinds: of the dimensions.
-        crossover: probability that two parents are crossed.
-        crossover_eta: of SBX.
-        mutation_eta: of the polynomial mutation.
     """
-    from pymoo.operators.crossover.sbx import SBX
-    from pymoo.operators.mutation.pm import PM
-
     levels = np.array([kind.levels for kind in kinds])  # [d]
     leveled = np.flatnonzero(levels)
     ordered = np.array([kind.name == "integer" for kind in kinds])[leveled]
 
-    class Crossover(SBX):  # type: ignore[misc]  # pymoo ships no types
-        def _do(self, problem: Any, X: Array, *args: Any, random_state: Any, **more: Any) -> Array:  # noqa: N803 - pymoo's name
-            """Return children [2, n, d] of parents ``X`` [2, n, d]."""
-            parents = X[:, :, leveled].copy()
-            children = super()._do(problem, X, *args, random_state=random_state, **more)
+    class Crossover(sbx):  # type: ignore[misc]  # pymoo ships no types
+        def _do(self, problem: Any, pairs: Array, *, random_state: Any, **more: Any) -> Array:
+            """Return children [2, n, d] of parents ``pairs`` [2, n, d]."""
+            parents = pairs[:, :, leveled].copy()
+            children = super()._do(problem, pairs, random_state=random_state, **more)
             swapped = random_state.random(parents.shape[1:]) < 0.5
             children[:, :, leveled] = np.where(swapped, parents[::-1], parents)
             return np.asarray(children)
 
-    class Mutation(PM):  # type: ignore[misc]  # pymoo ships no types
-        def _do(self, problem: Any, X: Array, *args: Any, random_state: Any, **more: Any) -> Array:  # noqa: N803 - pymoo's name
-            """Return mutated points [n, d] of ``X`` [n, d]."""
-            before = X[:, leveled].copy()
-            points = super()._do(problem, X, *args, random_state=random_state, **more)
+    class Mutation(pm):  # type: ignore[misc]  # pymoo ships no types
+        def _do(self, problem: Any, points: Array, *, random_state: Any, **more: Any) -> Array:
+            """Return ``points`` [n, d] mutated."""
+            before = points[:, leveled].copy()
+            mutated = super()._do(problem, points, random_state=random_state, **more)
             chance = float(self.get_prob_var(problem))
             moved = _moved(before, levels[leveled], ordered, random_state)
             changes = random_state.random(before.shape) < chance
-            points[:, leveled] = np.where(changes, moved, before)
-            return snap(points, kinds)
+            mutated[:, leveled] = np.where(changes, moved, before)
+            return snap(mutated, kinds)
 
-    return {
-        "crossover": Crossover(prob=crossover, eta=crossover_eta),
-        "mutation": Mutation(eta=mutation_eta),
-    }
+    return Crossover, Mutation
 
 
 def _moved(

@@ -33,6 +33,7 @@ import numpy as np
 from evomerge.search.generational import Array, GenerationalSearcher
 from evomerge.search.kinds import snap
 from evomerge.search.ledger import Ledger, check_count
+from evomerge.search.mixed import with_levels
 from evomerge.search.protocol import Candidate, Searcher, SearchProblem, Told
 
 # Squares and cubes of it are still finite; no score comes near it.
@@ -406,15 +407,14 @@ def _operators(
     problem: SearchProblem, arguments: Mapping[str, Any], crossover: float
 ) -> dict[str, Any]:
     """Return SBX crossover and polynomial mutation (Deb & Agrawal 1995), not shared."""
-    etas = arguments["crossover_eta"], arguments["mutation_eta"]
-    if problem.kinds:
-        from evomerge.search.mixed import mixed_operators
-
-        return mixed_operators(problem.kinds, crossover, *etas)
     from pymoo.operators.crossover.sbx import SBX
     from pymoo.operators.mutation.pm import PM
 
-    return {"crossover": SBX(prob=crossover, eta=etas[0]), "mutation": PM(eta=etas[1])}
+    sbx, pm = with_levels(SBX, PM, problem.kinds) if problem.kinds else (SBX, PM)
+    return {
+        "crossover": sbx(prob=crossover, eta=arguments["crossover_eta"]),
+        "mutation": pm(eta=arguments["mutation_eta"]),
+    }
 
 
 def _directions(problem: SearchProblem, arguments: Mapping[str, Any]) -> Array:

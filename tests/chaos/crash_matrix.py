@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import signal
 from collections.abc import Callable
@@ -41,12 +42,12 @@ class Matrix:
 
 
 def crash_study(place: Path, every: int) -> Matrix:
-    """Let a study die at each ``every``-th point and at each kind of point."""
+    """Let a study die at each ``every``-th point."""
     return _in_process(_crash_study, place, every)
 
 
 def crash_export(place: Path, every: int, base: str, experts: list[str]) -> Matrix:
-    """Let an export die at each ``every``-th point and at each kind of point."""
+    """Let an export die at each ``every``-th point."""
     return _in_process(_crash_export, place, every, base, experts)
 
 
@@ -66,8 +67,6 @@ def _report(work: Callable[..., Matrix], place: Path, arguments: tuple[Any, ...]
 
 
 def _crash_study(place: Path, every: int) -> Matrix:
-    import random
-
     plan = Plan("de", trials=4)
     reference = undisturbed(plan, place / "calm")
     whole = place / "whole"

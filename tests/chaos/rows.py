@@ -69,7 +69,7 @@ class Size:
 
 
 #: What the default tests run.
-SHORT = Size(60, 5, 8, 6, (1,), SEARCHERS, 0.005, 60, 500, 400, 3, 60)
+SHORT = Size(60, 5, 8, 6, (1,), SEARCHERS, 0.005, 30, 500, 400, 3, 60)
 #: What the issue asks for.
 LONG = Size(300, 25, 100, 50, (1, 2, 3), SEARCHERS, 0.04, 1, 10_000, 5_000, 8, 300)
 
@@ -169,7 +169,7 @@ def _points_study(size: Size, folder: Path) -> Row:
 
 def _points_export(size: Size, base: str, experts: list[str], folder: Path) -> Row:
     began = time.monotonic()
-    matrix = crash_export(folder / "points", max(1, size.every // 4), base, experts)
+    matrix = crash_export(folder / "points", max(1, size.every // 8), base, experts)
     load = "checkpoint with tokenizer and card"
     return _matrix("death before and after each step of an export", load, matrix, began)
 

@@ -10,6 +10,7 @@ from evomerge.merge.methods.passthrough import PASSTHROUGH
 from evomerge.merge.methods.sce import SCE
 from evomerge.merge.methods.sparsify import SPARSIFY
 from evomerge.merge.methods.widen import WIDEN
+from evomerge.recipe import Recipe
 
 #: Every merge method. A new one is a module beside these and a line here.
 METHODS: dict[str, Method] = {
@@ -21,4 +22,17 @@ METHODS: dict[str, Method] = {
     )
 }  # fmt: skip
 
-__all__ = ["METHODS", "Method", "Option", "Parameter", "Scope", "Table"]
+
+
+def changed_options(recipe: Recipe) -> dict[str, str]:
+    """Return the options of a recipe that are not its method's defaults, as a study file says."""
+    method = METHODS.get(recipe.method)
+    usual = {option.name: option.default for option in method.options} if method else {}
+    return {
+        name: str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in recipe.options
+        if name in usual and usual[name] != value
+    }
+
+
+__all__ = ["METHODS", "Method", "Option", "Parameter", "Scope", "Table", "changed_options"]
