@@ -142,7 +142,7 @@ class FitnessSection(Section):
 class SearchSection(Section):
     """How the space is searched."""
 
-    searcher: str = Field("nsga2", description="see `evomerge list searchers`")
+    searcher: str = Field("auto", description="see `evomerge list searchers`")
     arguments: dict[str, bool | int | float | str] = Field(default_factory=dict)
     items: int | None = Field(
         None, ge=1,

@@ -91,7 +91,7 @@ fitness:
 
 search:
   # evomerge list searchers
-  searcher: nsga2
+  searcher: auto             # by trials, coefficients and objectives; check says which
   trials: 150
   # items: 20000             # item evaluations of all trials, instead of trials or beside them
   # racing: {{}}               # stop trials early that cannot reach the front any more

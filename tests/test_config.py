@@ -33,7 +33,7 @@ def test_defaults(tmp_path: Path) -> None:
     study = load(write(tmp_path, MINIMAL))
     assert study.name == "my-study"
     assert list(study.models.experts) == ["math", "code"]
-    assert (study.search.searcher, study.search.trials, study.pool.kind) == ("nsga2", 150, "ray")
+    assert (study.search.searcher, study.search.trials, study.pool.kind) == ("auto", 150, "ray")
     assert study.space.partition == "layer"
 
 
