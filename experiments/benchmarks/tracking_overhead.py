@@ -4,21 +4,28 @@
 
 A fake search writes a real journal: trials of a formula with five objectives, each of which takes
 ``--seconds`` on a worker that is another process (here: sleeping). The tracker writes to sqlite
-beside it, as in a run. Then it sends what is still missing, and MLflow is asked for the pages that
-its interface asks for first.
+beside it, as in a run, but it is stopped and continued every ``--block`` trials: what a search
+gains while it is stopped is what tracking costs. Neighbouring blocks meet the same other programs,
+so this sees a percent where two searches one after the other do not. Then the tracker sends what
+is still missing, and MLflow is asked for the pages that its interface asks for first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median, stdev
 from typing import Any
 
 from evomerge.pool import SerialPool
@@ -28,7 +35,7 @@ from evomerge.study import Baseline, Study
 from evomerge.study_listener import StudyListener
 from evomerge.study_view import StudyView
 from evomerge.tracking import Tracker, find
-from evomerge.tracking_target import tracking_target
+from evomerge.tracking_target import Synced, Target, tracking_target
 from evomerge.trial import Evaluation, Job, Objective, Score, Trial
 
 EXPERTS, BLOCKS, OBJECTIVES = 3, 16, 5
@@ -81,26 +88,70 @@ class Formula:
 
 
 class Clock(StudyListener):
-    """Notes when the first and the last search trial came in, and wakes the tracker."""
+    """Stops and continues the tracker every few trials and notes the time of each trial.
 
-    def __init__(self) -> None:
-        self.tracker: Tracker | None = None
-        self.first = self.last = 0.0
+    Args:
+        tracker: of the search.
+        block: trials.
+    """
+
+    def __init__(self, tracker: Tracker, block: int) -> None:
+        self._tracker = tracker
+        self._block = block
+        self._running: list[bool] = []  # [n]
+        self._times: list[float] = []  # [n]
 
     def on_trial(self, trial: Trial, replayed: bool) -> None:
         """Note the time."""
-        self.last = time.perf_counter()
-        self.first = self.first or self.last
-        if self.tracker is not None:
-            self.tracker.notify()
+        number = len(self._times)
+        # On, off, off, on: a machine that grows slower favours neither.
+        running = (number // self._block) % 4 in (0, 3)
+        self._times.append(time.perf_counter())
+        self._running.append(running)
+        if self._tracker.process is not None and number % self._block == 0:
+            os.kill(self._tracker.process, signal.SIGCONT if running else signal.SIGSTOP)
+
+    def continue_it(self) -> None:
+        """Let the tracker run on."""
+        if self._tracker.process is not None:
+            os.kill(self._tracker.process, signal.SIGCONT)
+
+    def facts(self) -> dict[str, float]:
+        """Return the rates and what tracking costs, with its standard error over groups."""
+        gaps = [b - a for a, b in pairwise(self._times)]
+        groups = [
+            (gaps[start : start + 4 * self._block], self._running[start : start + 4 * self._block])
+            for start in range(0, len(gaps) - 4 * self._block + 1, 4 * self._block)
+        ][1:]  # in the first one the tracker imports MLflow
+        losses = []
+        sums = {True: 0.0, False: 0.0}
+        for rows, running in groups:
+            took = {
+                on: sum(gap for gap, one in zip(rows, running, strict=True) if one is on)
+                for on in (True, False)
+            }
+            losses.append(took[True] / took[False] - 1)
+            sums = {on: sums[on] + took[on] for on in sums}
+        trials = 2 * self._block * len(groups)
+        error = stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else float("nan")
+        return {
+            "trials per second, tracker running": trials / sums[True],
+            "trials per second, tracker stopped": trials / sums[False],
+            "loss of throughput, percent": 100 * (1 - sums[False] / sums[True]),
+            "median loss of groups, percent": 100 * median(losses),
+            "standard error over groups, percent": 100 * error,
+        }
 
 
-def searched(directory: Path, trials: int, seconds: float, tracked: bool) -> dict[str, float]:
+def searched(directory: Path, trials: int, seconds: float, block: int) -> dict[str, float]:
     """Run one search; return its trials per second and what became of the tracking."""
     from evomerge.search.registry import make_searcher
 
-    clock = Clock()
     middle = (0.5,) * (EXPERTS * BLOCKS)
+    directory.mkdir(parents=True)
+    target = tracking_target(None, "overhead", directory)
+    tracker = Tracker(directory, target)
+    clock = Clock(tracker, block)
     study = Study(
         directory,
         identity={"name": f"{trials} trials", "searcher": "random"},
@@ -118,17 +169,29 @@ def searched(directory: Path, trials: int, seconds: float, tracked: bool) -> dic
         finalists=8,
         listeners=[clock],
     )
-    if tracked:
-        target = tracking_target(None, "overhead", directory)
-        clock.tracker = Tracker(lambda: project(StudyView.load(directory)), target)
     study.run()
-    facts = {"trials per second": trials / (clock.last - clock.first)}
-    if clock.tracker is not None:
-        began = time.perf_counter()
-        if not clock.tracker.close(3600.0):
-            raise RuntimeError(f"the tracker did not finish: {clock.tracker.problem}")
-        facts["seconds to send the rest"] = time.perf_counter() - began
-    return facts
+    clock.continue_it()
+    found = clock.facts()
+    synced = find(project(StudyView.load(directory)).study, target)
+    found["trials that were there at the end"] = float(len(children(target, synced)))
+    began = time.perf_counter()
+    if not tracker.close(3600.0):
+        raise RuntimeError(f"the tracker did not finish: {tracker.problem}")
+    return found | {"seconds to send the rest": time.perf_counter() - began}
+
+
+def children(target: Target, synced: Synced | None) -> list[str]:
+    """Return the ids of the runs of trials."""
+    import sqlite3
+
+    if synced is None or target.database is None:
+        return []
+    with closing(sqlite3.connect(target.database)) as database:
+        rows = database.execute(
+            "SELECT run_uuid FROM tags WHERE key = 'mlflow.parentRunId' AND value = ?",
+            (synced.run_id,),
+        )
+        return [run for (run,) in rows]
 
 
 def pages(directory: Path) -> dict[str, float]:
@@ -156,21 +219,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--seconds", type=float, default=0.1, help="a trial takes on its worker")
-    parser.add_argument("--repeats", type=int, default=1, help="pairs of searches, alternating")
+    parser.add_argument("--block", type=int, default=20, help="trials between two switches")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    rates: dict[bool, list[float]] = {False: [], True: []}
     facts: dict[str, Any] = {"trials": options.trials, "seconds of a trial": options.seconds}
     with tempfile.TemporaryDirectory(prefix="evomerge-tracking-") as folder:
-        for repeat in range(options.repeats):
-            for tracked in (False, True):
-                directory = Path(folder) / f"{repeat}-{tracked}"
-                got = searched(directory, options.trials, options.seconds, tracked)
-                rates[tracked].append(got["trials per second"])
-                sys.stderr.write(f"tracked {tracked}: {got}\n")
-        facts["without"], facts["with"] = max(rates[False]), max(rates[True])
-        facts["ratio"] = facts["with"] / facts["without"]
-        facts["seconds to send the rest"] = got["seconds to send the rest"]
+        directory = Path(folder) / "study"
+        facts |= searched(directory, options.trials, options.seconds, options.block)
         facts |= pages(directory)
     lines = [f"{key}: {value:.4g}" for key, value in facts.items()]
     sys.stdout.write((json.dumps(facts, indent=1) if options.json else "\n".join(lines)) + "\n")

@@ -333,43 +333,48 @@ def train_more(work: Path, demo: Path) -> None:
 
 
 def table(runs: Sequence[Run], cases: Sequence[Case]) -> str:
-    """Return mean and 95 % half-width over seeds at all trials, a row per searcher."""
+    """Return a row per searcher: mean, 95 % half-width and number of seeds.
+
+    Bold is what reaches the best mean within its interval, among those with three seeds or more.
+    """
     names = [case.name for case in cases if any(run.case == case.name for run in runs)]
     lines = ["| searcher | " + " | ".join(names) + " | ms per trial |"]
     lines.append("|---|" + "---|" * (len(names) + 1))
-    best = {
-        name: max(
-            _spread(runs, name, entry)[0]
-            for entry in ENTRIES
-            if any(run.case == name and run.entry == entry for run in runs)
-        )
+    found = {
+        (name, entry): [run.score for run in runs if (run.case, run.entry) == (name, entry)]
         for name in names
+        for entry in ENTRIES
     }
+    best = {
+        name: max((np.mean(found[name, entry]) for entry in ENTRIES if _enough(found[name, entry])),
+                  default=np.inf)
+        for name in names
+    }  # fmt: skip
     for entry in ENTRIES:
         own = [run for run in runs if run.entry == entry]
         if not own:
             continue
-        cells = []
-        for name in names:
-            if not any(run.case == name for run in own):
-                cells.append("")
-                continue
-            mean, half = _spread(runs, name, entry)
-            text = f"{mean:.3f} ± {half:.3f}"
-            cells.append(f"**{text}**" if mean + half >= best[name] else text)
+        cells = [_cell(found[name, entry], float(best[name])) for name in names]
         slow = 1000 * max(run.overhead for run in own)
         lines.append(f"| {entry} | " + " | ".join(cells) + f" | {slow:.0f} |")
     return "\n".join(lines)
 
 
-def _spread(runs: Sequence[Run], case: str, entry: str) -> tuple[float, float]:
+def _enough(scores: Sequence[float]) -> bool:
+    return len(scores) > 2
+
+
+def _cell(scores: Sequence[float], best: float) -> str:
     from scipy.stats import t
 
-    values = np.array([run.score for run in runs if (run.case, run.entry) == (case, entry)])
-    if len(values) < 2:
-        return float(values.mean()), float("nan")
-    error = values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean()), float(t.ppf(0.975, len(values) - 1) * error)
+    if not scores:
+        return ""
+    mean, count = float(np.mean(scores)), len(scores)
+    if count == 1:
+        return f"{mean:.3f} (1)"
+    half = float(t.ppf(0.975, count - 1) * np.std(scores, ddof=1) / np.sqrt(count))
+    text = f"{mean:.3f} ± {half:.3f} ({count})"
+    return f"**{text}**" if _enough(scores) and mean + half >= best else text
 
 
 def fits(case: Case, entry: str) -> bool:
