@@ -11,7 +11,6 @@ from evomerge.search.generation import generation_size
 from evomerge.search.protocol import SearchProblem
 from evomerge.space import Space
 
-
 #: Searchers that only combine what is known.
 _MIXING = ("m2n2", "nested_map")
 

@@ -244,18 +244,32 @@ def list_(what: str, under: Path, as_json: bool) -> None:
 
 @click.command()
 @STUDY
+@click.option(
+    "--log-model", type=click.Choice(["none", "knee", "front"]), default=None,
+    help="Log the recommended merge, or the whole front, as MLflow models "
+    "(tracking.log_model of the study file).",
+)  # fmt: skip
 @AS_JSON
-def sync(study: str, as_json: bool) -> None:
+def sync(study: str, log_model: Literal["none", "knee", "front"] | None, as_json: bool) -> None:
     """Send to MLflow whatever it lacks of a study, each point once.
 
-    Needed only after MLflow could not be reached during the run.
+    Needed only after MLflow could not be reached during the run, or was too slow to take all in
+    the 30 seconds after it. Models are logged as the directories that `evomerge export` writes,
+    without one of MLflow's flavours: from_pretrained loads what
+    mlflow.artifacts.download_artifacts("models:/<id>") returns.
     """
     from evomerge.launch import sync_study
 
     directory = directory_of(study)
-    synced = sync_study(directory)
-    facts = {"experiment": synced.experiment_id, "run": synced.run_id, "new_trials": synced.trials}
+    synced, models = sync_study(directory, log_model)
+    facts = {
+        "experiment": synced.experiment_id, "run": synced.run_id, "new_trials": synced.trials,
+        "models": {str(one.trial): one.model for one in models},
+    }  # fmt: skip
     if as_json:
         print_json(facts)
     else:
         click.echo(f"MLflow run {synced.run_id} is up to date ({synced.trials} trials were new)")
+        for one in models:
+            was = "logged" if one.new else "there already"
+            click.echo(f"trial {one.trial}: models:/{one.model} ({was})")

@@ -49,8 +49,9 @@ def paired_difference(
     The variance is that of the paired differences, carried through what makes values of item
     scores by the delta method (``Aggregate.effects``): weights, groups of tasks and perplexities
     are right. Of a plain mean it is ``s² / n`` with s² the sample variance of the differences.
-    Objectives that share items, such as two metrics of one task, are correlated through them;
-    without ``items`` they count as independent.
+    Objectives on the same items, such as two metrics of one task, are correlated through them.
+    Others count as independent, and so do all without ``items``: an id is a place in a task, and
+    two tasks have the same ones.
 
     Args:
         objectives: [m]; a minimised objective counts with its sign turned.
@@ -71,9 +72,11 @@ def paired_difference(
     )
     aggregates = aggregates or (Aggregate(),) * m
     total, singles = 0.0, 0.0
-    effects: dict[str, float] = {}  # of an item, on the sum over the objectives
+    # Of an item, on the sum over the objectives that are scored on the same items.
+    effects: dict[tuple[int, str], float] = {}
     columns = zip(objectives, aggregates, items, ours.scores, theirs.scores, strict=True)
     for objective, aggregate, ids, mine, other in columns:
+        first = items.index(ids)
         sign = 1.0 if objective.direction is Direction.MAXIMIZE else -1.0
         values = [aggregate.estimate(ids, score.items)[0] for score in (mine, other)]
         total += sign * (values[0] - values[1])
@@ -83,7 +86,7 @@ def paired_difference(
         differences = [sign * (a - b) for a, b in pairs]
         singles += aggregate.of_single_items(ids, differences)
         for item, difference in zip(ids, differences, strict=True):
-            effects[item] = effects.get(item, 0.0) + difference
+            effects[first, item] = effects.get((first, item), 0.0) + difference
     variance = math.fsum(effect**2 for effect in effects.values()) + singles
     fewest = min(len(score.items) for score in ours.scores)
     return Difference(total / m, math.sqrt(variance) / m, fewest)

@@ -215,6 +215,11 @@ class TrackingSection(Section):
     enabled: bool = True
     uri: str | None = Field(None, description="tracking URI; a local sqlite store where absent")
     experiment: str = Field("evomerge", min_length=1, max_length=200)
+    log_model: Literal["none", "knee", "front"] = Field(
+        "none",
+        description="at the end log the recommended merge, or the whole front, as MLflow models: "
+        "the directories of `evomerge export`, whole checkpoints, without a flavour",
+    )
 
 
 class StudyFile(Section):

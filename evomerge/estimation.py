@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from evomerge.fitness.irt.design import DESIGNS, choose_items
 from evomerge.fitness.irt.estimators import ESTIMATORS, NEEDS, SubsetEstimator
 from evomerge.fitness.irt.population import Design, Endpoints, Population
 from evomerge.fitness.measures import MEASURES
+from evomerge.items import drawn
+
+logger = logging.getLogger(__name__)
 
 Items = tuple[tuple[str, ...], ...]
 
@@ -65,7 +69,7 @@ def estimation(file: StudyFile, root: Path, fitness: Composite) -> Estimation | 
         name=section.name,
         prepare=Preparation(
             section.name, section.design, section.items, file.seed, tuple(names),
-            fitness.aggregates, fitness.sources, banks, graded,
+            fitness.aggregates, fitness.sources, banks, graded, file.search.racing is not None,
         ),
         full_every=section.full_every,
         calibration=section.calibration,
@@ -125,7 +129,9 @@ class Preparation:
 
     An estimator that needs scores in [0, 1], margins, or an item bank, leaves the objectives that
     have none to the mean of items drawn at random; so do values that are no mean of item scores
-    (perplexities). Objectives with the same source share their items.
+    (perplexities), and those whose scores do not go with their margins. Objectives with the same
+    source share their items; where only some of them are left to the mean, all take items that
+    stand for the rest, and none that a design picked.
 
     Attributes:
         name: of the estimator.
@@ -137,6 +143,8 @@ class Preparation:
         sources: what the items are drawn from [m].
         banks: by number of the objective.
         graded: whether an objective can have margins [m].
+        raced: the first items of a trial are looked at before the others are scored, so that items
+            by task come in an order by chance. (Optimal designs begin with what tells most.)
     """
 
     name: str
@@ -148,6 +156,7 @@ class Preparation:
     sources: tuple[str | None, ...]
     banks: Mapping[int, ItemBank]
     graded: tuple[bool, ...]
+    raced: bool = False
 
     def __call__(self, endpoints: Sequence[Endpoint]) -> tuple[Items, Estimator]:
         """Choose the items and fit whatever there is to fit.
@@ -163,23 +172,39 @@ class Preparation:
         items: list[tuple[str, ...]] = []
         parts: dict[int, SubsetEstimator] = {}
         shared: dict[tuple[str, tuple[str, ...]], Design] = {}
+        numbers = range(len(self.objectives))
+        populations = [self._population(number, endpoints) for number in numbers]
+        modelled = [
+            self._modelled(number, populations[number])
+            and self._usable(number, populations[number])
+            for number in numbers
+        ]
+        keys = [
+            (self.objectives[number] if source is None else source, populations[number].ids)
+            for number, source in enumerate(self.sources)
+        ]
         for number, objective in enumerate(self.objectives):
-            population = self._population(number, endpoints)
-            modelled = self._modelled(number, population)
-            source = self.sources[number]
-            key = (source if source is not None else objective, population.ids)
+            population, key = populations[number], keys[number]
             count = min(self.count, len(population))
             try:
                 if key not in shared:
-                    no_tasks = self.design == "stratified" and not population.groups
-                    way = self.design if modelled and not no_tasks else "random"
+                    way = self._way(population, [modelled[n] for n in numbers if keys[n] == key])
                     shared[key] = choose_items(way, population, count, self.seed, key[0])
-                items.append(shared[key].ids)
-                if modelled:
+                ids = shared[key].ids
+                if self.raced and shared[key].name == "stratified":
+                    (ids,) = drawn((ids,), self.seed, 0, None)
+                items.append(ids)
+                if modelled[number]:
                     parts[number] = SubsetEstimator(self.name, [population.on(shared[key])])
             except InputError as error:
                 raise InputError(f"fitness.estimator: {objective}: {error}") from error
         return tuple(items), _Parts(parts, MeanEstimator(self.aggregates))
+
+    def _way(self, population: Population, modelled: Sequence[bool]) -> str:
+        """Return how the items are chosen of objectives that share them [k]."""
+        if self.design == "stratified":
+            return "stratified" if any(modelled) and population.groups else "random"
+        return self.design if all(modelled) else "random"
 
     def _modelled(self, number: int, population: Population) -> bool:
         """Return whether the estimator is meant for an objective."""
@@ -194,6 +219,25 @@ class Preparation:
             and (self.graded[number] or not _needs_margins(self.name, self.design))
             and ("bank" not in needs or number in self.banks)
         )
+
+    def _usable(self, number: int, population: Population) -> bool:
+        """Return whether an objective's margins say anything of its scores.
+
+        Only scored endpoints can show that they do not. A study that got so far goes on, with the
+        mean of items drawn at random.
+        """
+        if "margins" not in ESTIMATORS[self.name].needs:
+            return True
+        try:
+            SubsetEstimator(self.name, [population])
+        except InputError as error:
+            logger.warning(
+                "fitness.estimator: %s: %s cannot be used, its value is the mean of items drawn "
+                "at random instead: %s",
+                self.objectives[number], self.name, error,
+            )  # fmt: skip
+            return False
+        return True
 
     def _population(self, number: int, endpoints: Sequence[Endpoint]) -> Population:
         answers = [one.answers[number] for one in endpoints]

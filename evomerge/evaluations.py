@@ -372,7 +372,9 @@ class Evaluations:
             counts = " + ".join(str(len(score.items)) for score in scored.scores)
             problem = f"the worker stopped its race after {counts} items, without a reason"
             return replace(result, value=Failure("bad_result", problem), fresh=fresh)
-        seconds = self._seconds_before(request.trial.number)
+        # What its parts took belongs to the trial, not to its scores on other items.
+        before = request.split == "search"
+        seconds = self._seconds_before(request.trial.number) if before else {}
         for phase, spent in scored.seconds.items():
             seconds[phase] = seconds.get(phase, 0.0) + spent
         valued = self._valued(request, digest, rung, seconds)

@@ -114,7 +114,11 @@ def plan_lines(prepared: Prepared) -> dict[str, Any]:
 
 def _mixed(space: Space) -> str:
     """Return what is searched beside real numbers, empty where nothing is."""
-    whole = {name for (name, _), kind in zip(space.groups, space.kinds, strict=False) if kind.name == "integer"}
+    whole = {
+        name
+        for (name, _), kind in zip(space.groups, space.kinds, strict=False)
+        if kind.name == "integer"
+    }
     parts = [f"whole numbers: {', '.join(sorted(whole))}"] if whole else []
     for name, value in space.method[1].items():
         if isinstance(value, Choices):

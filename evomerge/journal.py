@@ -37,7 +37,7 @@ Record = dict[str, Any]
 
 def hexes(values: Iterable[float]) -> str:
     """Return numbers as text that restores them bit for bit: ``float.hex``, space between."""
-    return " ".join(float(value).hex() for value in values)
+    return " ".join(map(float.hex, map(float, values)))
 
 
 def unhexes(text: str) -> tuple[float, ...]:

@@ -10,9 +10,9 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
-from evomerge.config import StudyFile
+from evomerge.config import StudyFile, load
 from evomerge.economy import economy
-from evomerge.errors import InputError, NothingUsableError, StorageError
+from evomerge.errors import EvomergeError, InputError, NothingUsableError, StorageError
 from evomerge.fitness.aggregate import MeanEstimator
 from evomerge.journal import JOURNAL as JOURNAL_FILE
 from evomerge.merge.masses import MASSES_FILE, store_masses
@@ -23,13 +23,17 @@ from evomerge.spool import SPOOL, Spool, SpoolingFactory
 from evomerge.study import Phase, Progress, Study, StudyListener
 from evomerge.study_record import Result, Split, library_versions
 from evomerge.study_view import StudyState, StudyView
-from evomerge.tracking import Tracker, find, sync
+from evomerge.take_home import export_trial
+from evomerge.tracking import Tracker, find, only_sender, sync
+from evomerge.tracking_models import Logged, Which, log_models
 from evomerge.tracking_target import Synced, Target, anchored_uri, tracking_target
 from evomerge.trial import Trial, WorkerFactory
 
 #: How long MLflow may take for what is left: at the end, and when the study is stopped. What it
 #: lacks then is sent by the next run, or by ``evomerge sync``.
 _END_SECONDS, _STOP_SECONDS = 30.0, 3.0
+#: How long to wait for the tracker of a run that was killed: it may send for 20 s more.
+_SENDER_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ def run(
     prepared: Prepared,
     listeners: Sequence[StudyListener],
     starting: Callable[[], None] = lambda: None,
+    sending: Callable[[float], None] = lambda seconds: None,
 ) -> Finished:
     """Run a study to its end, from wherever its journal stands.
 
@@ -60,6 +65,8 @@ def run(
         prepared: checked study file.
         listeners: are told what happens.
         starting: is called before the workers start; a finished study needs none.
+        sending: is called where MLflow lacks something at the end, with how many seconds that may
+            take.
 
     Raises:
         EvomergeError: as ``Study.run``.
@@ -77,11 +84,31 @@ def run(
     except BaseException:
         tracking.close(_STOP_SECONDS)
         raise
-    tracking.close(_END_SECONDS)
+    tracking.close(_END_SECONDS, lambda: sending(_END_SECONDS))
     tracker = tracking.tracker
-    if tracker is None:
+    if tracker is None or target is None:
         return Finished(view, target, None, "")
-    return Finished(view, target, tracker.synced, tracker.problem)
+    synced, problem = tracker.synced, tracker.problem
+    if synced is not None and not problem:
+        problem = _model_problem(view, target, synced, prepared.file.tracking.log_model)
+    return Finished(view, target, synced, problem)
+
+
+def _model_problem(view: StudyView, target: Target, synced: Synced, which: Which) -> str:
+    """Log models; return why that failed, which is no failure of the study, or nothing."""
+    try:
+        _log_models(view, target, synced, which)
+    except EvomergeError as error:
+        return f"no models were logged: {error}"
+    return ""
+
+
+def _log_models(
+    view: StudyView, target: Target, synced: Synced, which: Which
+) -> tuple[Logged, ...]:
+    return log_models(
+        view, target, synced, which, lambda number, out: export_trial(view, trial=number, out=out)
+    )
 
 
 def study_of(
@@ -124,8 +151,9 @@ def study_of(
 def with_recorded_batch(prepared: Prepared, factory: WorkerFactory) -> WorkerFactory:
     """Return a factory of workers with the batch size that was found when the study began.
 
-    Another one can change the last bits of scores. A study that has found none yet, or was given
-    one, keeps the factory as it is.
+    Another one can change the last bits of scores. Where it does not fit any more (another GPU, a
+    fuller one) it shrinks as it would have at first. A study that has found none yet, or was
+    given one, keeps the factory as it is.
     """
     from evomerge.worker import ModelWorkerFactory
 
@@ -133,7 +161,7 @@ def with_recorded_batch(prepared: Prepared, factory: WorkerFactory) -> WorkerFac
     given = prepared.file.fitness.batch_tokens is not None
     if given or not found.isdigit() or not isinstance(factory, ModelWorkerFactory):
         return factory
-    return replace(factory, batch_tokens=int(found))
+    return replace(factory, batch_tokens=int(found), batch_found=True)
 
 
 def _spooling(prepared: Prepared, factory: WorkerFactory) -> WorkerFactory:
@@ -197,14 +225,31 @@ def save_resolved(file: StudyFile, directory: Path, root: Path) -> None:
         ) from error
 
 
-def sync_study(directory: Path) -> Synced:
+def sync_study(
+    directory: Path, log_model: Which | None = None
+) -> tuple[Synced, tuple[Logged, ...]]:
     """Send to MLflow whatever it lacks of the study in ``directory``.
+
+    Args:
+        directory: of the study.
+        log_model: merges that are to be logged as models; None for what the study file says,
+            where the study is finished.
+
+    Returns:
+        Where it is shown, and the logged models.
 
     Raises:
         InputError: tracking is off in the study, or the study was never run.
+        LockedError: its own run is sending.
+        NothingUsableError: models are wanted of a study that is not finished.
         SetupError: MLflow cannot be reached.
     """
-    return sync(project(StudyView.load(directory)), _tracked(directory))
+    target, view = _tracked(directory), StudyView.load(directory)
+    with only_sender(directory, _SENDER_SECONDS):
+        synced = sync(project(view), target)
+        if log_model is None and view.state is StudyState.FINISHED:
+            log_model = load(directory / STUDY_FILE).tracking.log_model
+        return synced, _log_models(view, target, synced, log_model or "none")
 
 
 def locate_study(view: StudyView) -> tuple[Target, Synced]:
@@ -217,8 +262,9 @@ def locate_study(view: StudyView) -> tuple[Target, Synced]:
     """
     target, projection = _tracked(view.directory), project(view)
     if view.state is not StudyState.RUNNING:
-        return target, sync(projection, target)
-    # Its own driver writes to MLflow: two writers would make every run twice.
+        with only_sender(view.directory, _SENDER_SECONDS):
+            return target, sync(projection, target)
+    # Its own driver writes to MLflow.
     synced = find(projection.study, target)
     if synced is None:
         raise NothingUsableError(
@@ -229,8 +275,6 @@ def locate_study(view: StudyView) -> tuple[Target, Synced]:
 
 
 def _tracked(directory: Path) -> Target:
-    from evomerge.config import load
-
     path = directory / STUDY_FILE
     if not path.exists():
         raise InputError(f"{directory}: no {STUDY_FILE} there (evomerge run writes it)")
@@ -241,7 +285,7 @@ def _tracked(directory: Path) -> Target:
 
 
 class _Tracking(StudyListener):
-    """Starts the tracker when the study has begun, and wakes it at every result."""
+    """Starts the tracker when the study has begun."""
 
     def __init__(self, prepared: Prepared, target: Target | None) -> None:
         self.tracker: Tracker | None = None
@@ -270,10 +314,8 @@ class _Tracking(StudyListener):
         if self._target is None:
             return
         if self.tracker is None:
-            directory = self._prepared.directory
-            self.tracker = Tracker(lambda: project(StudyView.load(directory)), self._target)
-        self.tracker.notify()
+            self.tracker = Tracker(self._prepared.directory, self._target)
 
-    def close(self, seconds: float) -> None:
+    def close(self, seconds: float, waiting: Callable[[], None] = lambda: None) -> None:
         if self.tracker is not None:
-            self.tracker.close(seconds)
+            self.tracker.close(seconds, waiting)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import shlex
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,15 +13,14 @@ from evomerge.coverage import coverage, coverage_html
 from evomerge.front_page import FrontData, FrontPoint, Kind, Measured
 from evomerge.gain import best_expert, gains, trial_name
 from evomerge.journal import JOURNAL
-from evomerge.projection import Projection, Step, metric_name
-from evomerge.study_record import Split
+from evomerge.lineage import lineage_html
+from evomerge.projection import Projection
+from evomerge.study_series import Series
 from evomerge.study_view import StudyView
-from evomerge.trial import Evaluation, Trial, TrialState
+from evomerge.trial import Evaluation, Trial
 
 #: The resolved study file, beside the journal; never the name of the user's own file.
 STUDY_FILE = "study.resolved.yaml"
-#: The rate of trials is that of so many last ones.
-_RATE_TRIALS = 20
 _SECRETS = (
     (re.compile(r"(://)[^/\s@]+@"), r"\1"),  # user:password@ in addresses
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_***"),
@@ -59,26 +57,40 @@ def export_command(view: StudyView, pick: str, out: str) -> str:
     return f"evomerge export {shlex.quote(str(shown))} {pick} --out {out}"
 
 
-def project(view: StudyView) -> Projection:
-    """Return what MLflow shows of a study."""
+def project(view: StudyView, series: Series | None = None, pages: bool = True) -> Projection:
+    """Return what MLflow shows of a study.
+
+    Args:
+        view: the study.
+        series: of the same study, from the call before; it is computed anew where absent.
+        pages: also what stands on pages only: files and gains.
+    """
+    return Projection(
+        study=_identity(view),
+        front=front_data(view),
+        trials=view.trials,
+        steps=(series or Series()).steps(view),
+        params=_params(view),
+        files=_files(view) if pages else {},
+        state=view.state.value,
+        planned=view.counts.budget + len(view.contract["baselines"]),
+        words=tuple(_words(view)),
+        gains=tuple(gains(view)) if pages else (),
+        rivals=_rivals(view),
+        arrived={number: int(seconds * 1000) for number, seconds in view.times.items()},
+        milliseconds=int(view.history.latest * 1000),
+    )
+
+
+def _files(view: StudyView) -> dict[str, str]:
     file = view.directory / STUDY_FILE
     files = {STUDY_FILE: redacted(file.read_text(encoding="utf-8"))} if file.exists() else {}
     covered = coverage(view)
     if covered:
         files["coverage.html"] = coverage_html(study_name(view), covered)
-    return Projection(
-        study=_identity(view),
-        front=front_data(view),
-        trials=view.trials,
-        steps=tuple(_steps(view)),
-        params=_params(view),
-        files=files,
-        state=view.state.value,
-        planned=view.counts.budget + len(view.contract["baselines"]),
-        words=tuple(_words(view)),
-        gains=tuple(gains(view)),
-        rivals=_rivals(view),
-    )
+    if any(trial.origin is not None for trial in view.trials):
+        files["lineage.html"] = lineage_html(study_name(view), view)
+    return files
 
 
 def redacted(text: str) -> str:
@@ -197,70 +209,3 @@ def _words(view: StudyView) -> Iterator[str]:
         f"trials, {len(contract['baselines'])} of them baselines; {counts.failed} failed; "
         f"{view.spending.scored:,} item evaluations; {minutes:.0f} minutes."
     )
-
-
-def _steps(view: StudyView) -> Iterator[Step]:
-    """Yield the series of the study up to the first trial without a result.
-
-    Nothing before all baselines have one: they fix the hypervolume's reference point.
-    """
-    states = [trial.state for trial in view.trials]
-    settled = states.index(TrialState.ASKED) if TrialState.ASKED in states else len(states)
-    if settled < len(view.contract["baselines"]):
-        return
-    volumes = view.hypervolumes()
-    best: dict[str, float] = {}
-    audited = _audited(view)
-    audits: dict[str, float] = {}
-    failed, milliseconds, items = 0, 0, 0
-    arrivals: deque[int] = deque(maxlen=_RATE_TRIALS + 1)
-    for trial in view.trials[:settled]:
-        failed += trial.evaluation is None
-        items += sum(view.results[key].fresh for key in _searched(view, trial.number))
-        audits = audited.get(trial.number, audits)
-        # Of many estimates from a few items the best is a lucky one.
-        partly = trial.evaluation is not None and view.history.rung_of(trial.number) is not None
-        for objective, value in zip(
-            view.objectives,
-            trial.evaluation.values if trial.evaluation and not partly else (),
-            strict=False,
-        ):
-            name = metric_name(f"best/{objective.name}")
-            old = best.get(name)
-            if old is None or objective.loss(value) < objective.loss(old):
-                best[name] = value
-        # Results arrive in any order; MLflow draws series over time, so time never runs back.
-        milliseconds = max(milliseconds, int(view.times[trial.number] * 1000))
-        metrics = {
-            **best, **audits, "hypervolume": volumes[trial.number], "trials/failed": float(failed),
-            "items/scored": float(items),
-        }  # fmt: skip
-        arrivals.append(milliseconds)
-        if arrivals[-1] > arrivals[0]:
-            hours = (arrivals[-1] - arrivals[0]) / 3.6e6
-            metrics["trials/per hour"] = (len(arrivals) - 1) / hours
-        yield Step(milliseconds, metrics)
-
-
-def _searched(view: StudyView, number: int) -> list[tuple[Split, int]]:
-    """Return under which keys the search's results of a trial are."""
-    keys: tuple[Split, ...] = ("search", "part")
-    return [(split, number) for split in keys if (split, number) in view.results]
-
-
-def _audited(view: StudyView) -> dict[int, dict[str, float]]:
-    """Return how far off the estimates were up to each trial that was scored in full, by trial.
-
-    For each objective the mean absolute error of the estimates, in its unit, and beside it that
-    of the plain mean of the same items.
-    """
-    found: dict[int, dict[str, float]] = {}
-    sums: dict[str, float] = {}
-    for count, audit in enumerate(view.audits, start=1):
-        for column, objective in enumerate(view.objectives):
-            full = audit.full[column]
-            for kind, reading in (("estimate", audit.estimate), ("subset mean", audit.mean)):
-                name = metric_name(f"audit/{kind} error/{objective.name}")
-                sums[name] = sums.get(name, 0.0) + abs(reading.values[column] - full)
-        found[audit.number] = {name: total / count for name, total in sums.items()}
-    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from evomerge.coefficient_page import coefficient_html
@@ -55,6 +55,8 @@ class Projection:
         words: what is searched and what it cost, sentences in Markdown.
         gains: of the recommended merge over each baseline; empty before the end.
         rivals: the baselines in ``gains`` that a reader wants first.
+        arrived: unix milliseconds at which each trial's result arrived, by number.
+        milliseconds: unix time at which the study stood so.
     """
 
     study: str
@@ -68,6 +70,8 @@ class Projection:
     words: tuple[str, ...] = ()
     gains: tuple[Gain, ...] = ()
     rivals: tuple[str, ...] = ()
+    arrived: Mapping[int, int] = field(default_factory=dict)
+    milliseconds: int = 0
 
 
 def metric_name(name: str) -> str:

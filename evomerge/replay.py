@@ -315,6 +315,10 @@ def repair(directory: Path) -> Repaired | None:
             return None
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         original = path.with_name(f"journal.damaged-{stamp}.jsonl")
+        again = 1
+        while original.exists():  # repaired twice within a second
+            again += 1
+            original = path.with_name(f"journal.damaged-{stamp}-{again}.jsonl")
         size = path.stat().st_size
         _cut(path, end, original)
     except OSError as error:

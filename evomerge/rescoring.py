@@ -165,6 +165,7 @@ def rescore(
         Live(
             live, load_tokenizer(directory), settings.batch_size, settings.batch_tokens,
             references.put, references.distance,
+            found=settings.file.fitness.batch_tokens is None,
         )
     )  # fmt: skip
     if adapter is not None:

@@ -25,7 +25,7 @@ searcher is told in order of asking, which needs no record: it follows from the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -34,7 +34,16 @@ from evomerge.errors import ReplayError, StorageError
 from evomerge.item_cache import Items
 from evomerge.journal import Record, hexes, unhexes
 from evomerge.recipe import Recipe
-from evomerge.trial import Direction, Evaluation, Failure, Objective, Score, Trial, TrialState
+from evomerge.trial import (
+    Direction,
+    Evaluation,
+    Failure,
+    Objective,
+    Origin,
+    Score,
+    Trial,
+    TrialState,
+)
 
 SCHEMA = 1
 
@@ -158,6 +167,7 @@ def ask_fields(trial: Trial, frame: int, items: int | None = None) -> dict[str, 
         "seed": trial.recipe.seed,
         "table": trial.recipe.table,
         **({} if items is None else {"set": items}),
+        **({} if trial.origin is None else {"origin": asdict(trial.origin)}),
     }
 
 
@@ -244,6 +254,7 @@ class History:
         extensions: later ends of the search, in the order in which they were given.
         stop: the last ``stop`` record that nothing followed.
         done: the ``done`` record.
+        latest: unix seconds of the last record.
     """
 
     opened: Record | None = None
@@ -259,6 +270,7 @@ class History:
     extensions: list[Limit] = field(default_factory=list)
     stop: Record | None = None
     done: Record | None = None
+    latest: float = 0.0
     _splits: dict[Split, Items] = field(default_factory=dict)
 
     @staticmethod
@@ -269,15 +281,23 @@ class History:
             StorageError: another schema, or a record that contradicts an earlier one.
         """
         history = History()
+        history.extend(records, source)
+        return history
+
+    def extend(self, records: Iterable[Record], source: str) -> None:
+        """Take in the next records of the journal.
+
+        Raises:
+            StorageError: another schema, or a record that contradicts an earlier one.
+        """
         for record in records:
             try:
-                history.add(record)
+                self.add(record)
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 raise StorageError(
                     f"{source}: record {record.get('seq')} ({record.get('ev')}) cannot be "
                     f"understood: {type(error).__name__}: {error} (use the evomerge that wrote it)"
                 ) from error
-        return history
 
     def add(self, record: Record) -> None:
         """Take in the next record.
@@ -287,6 +307,7 @@ class History:
         that failure, or could have been, when it asked for them.
         """
         event = record["ev"]
+        self.latest = record["t"]
         if event not in ("note", "extend"):
             self.stop = None
         match event:
@@ -332,7 +353,7 @@ class History:
             table=tuple(map(tuple, record["table"])),
             seed=record["seed"],
         )
-        x = record["x"]
+        x, origin = record["x"], record.get("origin")
         if "set" in record:
             if record["set"] not in range(len(self.sets)):
                 raise ValueError(f"trial {number} has set {record['set']}, which is not there")
@@ -344,6 +365,7 @@ class History:
             label=record["label"],
             x=None if x is None else unhexes(x),
             recipe=recipe,
+            origin=Origin(tuple(origin["parents"]), origin["how"]) if origin else None,
         )
 
     def _add_result(self, split: Split, record: Record) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from evomerge.brackets import Brackets, Member
@@ -43,7 +44,7 @@ from evomerge.study_record import (
     settle,
 )
 from evomerge.study_view import recommended
-from evomerge.telling import Teller, losses_of
+from evomerge.telling import Teller, losses_of, origin_of
 from evomerge.trial import Evaluation, Failure, Trial
 from evomerge.window import Outstanding, Window
 
@@ -74,6 +75,7 @@ class StudyRun:
         self._journal = journal
         self._history = history
         self._frames = {frame: number for number, frame in enumerate(history.frames)}
+        self._frame_of: dict[Recipe, int] = {}
         self._sets = {items: number for number, items in enumerate(history.sets)}
         self._muted: set[int] = set()
         self.compared = 0
@@ -245,7 +247,8 @@ class StudyRun:
         chosen = self._items.of(asked, getattr(searcher, "generation", None))
         if self._brackets is not None and self._study.resampled is not None and before:
             chosen = before[0].chosen  # all of a bracket are scored on the same items
-        trial = Trial(first + asked, "search", "", x, self._study.decode(x))
+        origin = origin_of(searcher, candidates[0].id, first)
+        trial = Trial(first + asked, "search", "", x, self._study.decode(x), origin=origin)
         self._ask(trial, chosen)
         if self._brackets is not None:
             self._brackets.enter(Member(trial, chosen))
@@ -370,11 +373,15 @@ class StudyRun:
         return trial
 
     def _frame(self, recipe: Recipe) -> int:
+        bare = replace(recipe, table=(), seed=0)
+        if bare in self._frame_of:  # most often: the way through JSON takes milliseconds
+            return self._frame_of[bare]
         fields = frame_fields(recipe)
         frame = Recipe.from_dict({**fields, "table": [], "seed": 0})
         if frame not in self._frames:
             self._journal.append("frame", recipe=fields)
             self._frames[frame] = len(self._frames)
+        self._frame_of[bare] = self._frames[frame]
         return self._frames[frame]
 
     def _set(self, items: Items) -> int | None:

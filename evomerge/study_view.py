@@ -140,7 +140,19 @@ class StudyView:
         Raises:
             StorageError: no study there, or its journal is damaged.
         """
-        history = History.of(read(directory).records, str(directory))
+        return StudyView.of(History.of(read(directory).records, str(directory)), directory)
+
+    @staticmethod
+    def of(history: History, directory: Path) -> StudyView:
+        """Return the study that a history tells.
+
+        Args:
+            history: read from the journal; the view is of no use once more was added to it.
+            directory: of the study.
+
+        Raises:
+            StorageError: the history is empty.
+        """
         if history.opened is None:
             raise StorageError(f"{directory}: the journal is empty; run the study to begin it")
         contract = {

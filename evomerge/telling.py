@@ -1,12 +1,13 @@
-"""What the searcher is told: losses, and penalties for what failed or broke a constraint."""
+"""What the searcher is told: losses, and penalties for what failed; and what it tells us back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from evomerge.feasibility import violation
+from evomerge.search.protocol import Searcher
 from evomerge.study_view import bounded, weighted_mean
-from evomerge.trial import Evaluation, Objective
+from evomerge.trial import Evaluation, Objective, Origin
 
 #: Loss of a failed trial when nothing has succeeded yet. Scores are fractions, nats or counts;
 #: this is worse than all of them, and small enough that squares stay exact in a float.
@@ -73,3 +74,18 @@ def losses_of(objectives: Sequence[Objective], values: Sequence[float]) -> tuple
     """Return the losses [m] of values [m]."""
     pairs = zip(objectives, values, strict=True)
     return tuple(objective.loss(value) for objective, value in pairs)
+
+
+def origin_of(searcher: Searcher, candidate: int, first: int) -> Origin | None:
+    """Return the trials that a candidate was made from, where the searcher says so.
+
+    Args:
+        searcher: that asked for it.
+        candidate: its id.
+        first: number of the trial of candidate 0.
+    """
+    say: Callable[[int], Origin | None] = getattr(searcher, "origin", lambda _: None)
+    origin = say(candidate)
+    if origin is None:
+        return None
+    return Origin(tuple(first + parent for parent in origin.parents), origin.how)

@@ -113,4 +113,5 @@ tracking:
   # A local MLflow store in the study's directory where absent.
   # uri: http://127.0.0.1:5000
   experiment: evomerge
+  # log_model: knee          # or front: checkpoints as MLflow models, at the end
 """

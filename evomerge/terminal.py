@@ -119,8 +119,11 @@ def run_with_progress(prepared: Prepared, console: Console) -> Finished:
         count = 1 if pool.kind == "serial" else pool.workers
         console.print(f"starting {count} worker{'s' * (count != 1)} ...", highlight=False)
 
+    def sending(seconds: float) -> None:
+        console.print(f"sending the rest to MLflow, up to {seconds:.0f} s ...", highlight=False)
+
     with LiveProgress(console, prepared.tasks.objectives) as live:
-        return run(prepared, [live], starting)
+        return run(prepared, [live], starting, sending)
 
 
 def print_finished(console: Console, finished: Finished) -> None:

@@ -21,11 +21,20 @@ class Target:
         uri: of the tracking server or database, without credentials.
         experiment: name of the MLflow experiment.
         artifacts: location of the artifacts; None where the server decides.
+        own: it is a database of this study alone.
     """
 
     uri: str
     experiment: str
     artifacts: str | None
+    own: bool = False
+
+    @property
+    def database(self) -> Path | None:
+        """The file of a sqlite database; None for anything else."""
+        scheme = "sqlite:///"
+        found = self.uri.startswith(scheme)
+        return Path(self.uri.removeprefix(scheme)) if found else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +64,7 @@ def tracking_target(uri: str | None, experiment: str, directory: Path) -> Target
     """
     folder = directory.absolute()
     if uri is None:
-        return Target(f"sqlite:///{folder}/mlflow.db", experiment, _artifacts(folder))
+        return Target(f"sqlite:///{folder}/mlflow.db", experiment, _artifacts(folder), own=True)
     parts = urlsplit(uri)
     if parts.password is not None or (parts.username and parts.scheme in ("http", "https")):
         shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
@@ -132,8 +141,7 @@ def is_server(target: Target) -> bool:
 
 def is_absent(target: Target) -> bool:
     """Return whether ``target`` is a database file that does not exist yet."""
-    scheme = "sqlite:///"
-    return target.uri.startswith(scheme) and not Path(target.uri.removeprefix(scheme)).exists()
+    return target.database is not None and not target.database.exists()
 
 
 def _root(target: Target, port: int) -> str:

@@ -108,6 +108,19 @@ class TrialState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What a candidate was made from.
+
+    Attributes:
+        parents: their numbers; whose numbers, of candidates or of trials, depends on the place.
+        how: in a few words.
+    """
+
+    parents: tuple[int, ...]
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
 class Trial:
     """One candidate's life.
 
@@ -122,6 +135,7 @@ class Trial:
         evaluation: on the search items; present when DONE.
         failure: present when FAILED.
         attempts: how many times it was handed to a worker.
+        origin: the trials that it was made from, where the searcher says so.
     """
 
     number: int
@@ -133,6 +147,7 @@ class Trial:
     evaluation: Evaluation | None = None
     failure: Failure | None = None
     attempts: int = 0
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from evomerge.errors import EvaluationError
+from evomerge.errors import EvaluationError, InputError
 from evomerge.estimate import Answers, Estimator
 from evomerge.item_cache import Items
 from evomerge.study_record import Reading
@@ -153,7 +153,7 @@ class Valuation:
             seconds: for the record.
 
         Returns:
-            a failure where a value is no finite number.
+            a failure where a value is no finite number, or the estimator cannot use the answers.
         """
         estimator = self.mean if mode != "estimate" or self.estimator is None else self.estimator
         beside: dict[str, Reading] = {}
@@ -166,7 +166,8 @@ class Valuation:
                 few = [_among(one, ids) for one, ids in zip(answers, self.design, strict=True)]
                 beside[SUBSET_MEAN] = _reading(self.mean, few)
                 beside[ESTIMATE] = _reading(self.estimator, few)
-        except EvaluationError as error:
+        except (EvaluationError, InputError) as error:
+            # Answers that no estimator can use: margins that are not finite, scores out of range.
             return _bad(str(error))
         for reading in (values, *beside.values()):
             rows = zip(self.objectives, reading.values, reading.errors, strict=True)

@@ -56,6 +56,7 @@ class ModelWorkerFactory:
         workers: of the study; those that can be on one machine share its memory.
         gpu_share: part of a GPU that this worker may fill.
         margins: whether the study's estimator needs margins of generated answers.
+        batch_found: whether ``batch_tokens`` is what an earlier run of the study found.
     """
 
     base: str
@@ -74,6 +75,7 @@ class ModelWorkerFactory:
     gpu_share: float = 1.0
     goals: tuple[GoalSpec, ...] = ()
     margins: bool = False
+    batch_found: bool = False
 
     def __call__(self) -> ModelWorker:
         """Load the models and bind the tasks to them."""
@@ -119,7 +121,7 @@ class ModelWorker:
             spec.tasks, spec.goals, spec.include_paths, spec.data_root, spec.allow_task_code,
             ("base", *(name for name, _ in spec.experts)), spec.margins,
         )  # fmt: skip
-        self._fitness = self._attached(spec.batch_size, spec.batch_tokens)
+        self._fitness = self._attached(spec.batch_size, spec.batch_tokens, spec.batch_found)
         self._halved: Scorer | None = None  # made when memory runs out for the first time
         self._parameters = models.layout.parameters
 
@@ -142,9 +144,8 @@ class ModelWorker:
 
             spec = self._spec
             self._put("base")
-            self._halved = self._attached(
-                max(1, spec.batch_size // 2), max(1, (spec.batch_tokens or TOKENS) // 2)
-            )
+            tokens = TOKENS if spec.batch_found else spec.batch_tokens or TOKENS
+            self._halved = self._attached(max(1, spec.batch_size // 2), max(1, tokens // 2))
         try:
             return self._measured(job, self._halved)
         finally:
@@ -191,10 +192,13 @@ class ModelWorker:
         self._engine.forget()
         release_memory()
 
-    def _attached(self, batch_size: int, batch_tokens: int | None) -> Scorer:
+    def _attached(self, batch_size: int, batch_tokens: int | None, found: bool = False) -> Scorer:
         return self._goals.attach(
-            Live(self._model, self._tokenizer, batch_size, batch_tokens, self._put, self._distance)
-        )
+            Live(
+                self._model, self._tokenizer, batch_size, batch_tokens, self._put, self._distance,
+                found,
+            )
+        )  # fmt: skip
 
     def _apply(self, recipe: Recipe) -> None:
         """Write a merge into the live model."""

@@ -118,6 +118,15 @@ def test_two_metrics_of_the_same_items_counted_as_independent() -> None:
     assert apart.standard_error == pytest.approx(single.standard_error / 2**0.5)
 
 
+def test_items_of_two_tasks_with_the_same_ids_counted_as_one() -> None:
+    two = (Objective("maths"), Objective("code"))
+    ours = evaluation((1.0, 0.0, 1.0, 1.0), (1.0, 0.0, 1.0, 1.0))
+    theirs = evaluation((0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 1.0, 0.0))
+    # Ids are places in a task: "2" and "3" are other questions there.
+    drawn = paired_difference(two, ours, theirs, (("0", "1", "2", "3"), ("2", "3", "5", "8")))
+    assert drawn == paired_difference(two, ours, theirs)
+
+
 def test_gains_are_compared_as_the_journal_says(tmp_path: Path) -> None:
     plain = finished(tmp_path / "plain", objectives=3)
     assert "aggregates" not in plain.contract

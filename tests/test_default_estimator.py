@@ -73,6 +73,10 @@ def prepared(folder: Path, *overrides: str) -> Prepared:
         ((LONG, "fitness.tasks=[write]"), OPTIMAL, 20),
         ((LONG, "fitness.objectives=[{kind: distance}]"), OPTIMAL, 20),
         (("search={items: 100000, searcher: random}",), OPTIMAL, 20),
+        # 25 trials of two objectives, every 5th of them on all 200 + 200: 4,400 items.
+        (("search={items: 4400, searcher: random}",), OPTIMAL, 5),
+        (("search={items: 4400, trials: 150, searcher: random}",), OPTIMAL, 5),
+        (("search={items: 100000, trials: 50, searcher: random}",), OPTIMAL, 10),
         ((LONG, ALONE), "random", 20),
         ((LONG, ALONE, "fitness.tasks=[picks]", "fitness.items.search=300"), "stratified", 20),
     ],
@@ -98,6 +102,10 @@ def test_many_items_with_margins_are_estimated(
     [
         (("fitness.items.search=199",), "pick_a has 199 search items; an estimate pays from 200"),
         (("search.trials=24",), "24 trials; an estimate is taken from 25"),
+        (
+            ("search={items: 4399, searcher: random}",),
+            "4,399 item evaluations buy fewer than 25 trials",
+        ),
         (("search.racing={}",), "search.racing saves items already"),
         (
             ("fitness.items={search: 200, validation: 8, test: 10, policy: resampled, "

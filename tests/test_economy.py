@@ -252,7 +252,7 @@ def test_a_study_goes_on_with_the_batch_size_that_it_began_with(copy: Path) -> N
     with Journal(plan.directory) as journal:
         journal.append("pool", facts={"batch_tokens": "2048"})
     assert launch.with_recorded_batch(plan, plan.factory) == replace(
-        plan.factory, batch_tokens=2048
+        plan.factory, batch_tokens=2048, batch_found=True
     )
     given = prepared(copy, ITEMS, "fitness.batch_tokens=512", "search.trials=1")
     assert launch.with_recorded_batch(given, given.factory) is given.factory

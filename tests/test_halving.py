@@ -163,6 +163,10 @@ def test_finalists_went_farthest_and_are_completed(tmp_path: Path) -> None:
     assert len(completed) == 3
     assert all(view.results["search", n].rung == 10 for n in completed)
     assert all(view.results["complete", n].fresh == 30 for n in completed), "scored again"
+    for number in completed:
+        value = view.results["complete", number].value
+        assert isinstance(value, Evaluation)
+        assert value.seconds == {"score": 0.001}, "what its parts took is in the search result"
     assert set(whole) | set(completed) <= set(view.validation)
     for number in view.validation:
         evaluation = view.trials[number].evaluation

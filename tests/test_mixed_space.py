@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from study_journals import cut, essence_of
 from tiny_project import STUDY, tiny_project
@@ -25,18 +25,21 @@ from evomerge.prepare import Prepared, prepare
 from evomerge.projection import trial_params
 from evomerge.recipe import ModelRef
 from evomerge.search.kinds import snap
-from evomerge.search.protocol import SearchProblem, Told
+from evomerge.search.protocol import Candidate, SearchProblem, Told
 from evomerge.search.registry import make_searcher
 from evomerge.search.tied import levels
 from evomerge.space import REAL, Choices, Kind, OptionValue, Range, Space
 from evomerge.study_space import columns_of
+from evomerge.testing import drive
 
 MIXED: dict[str, OptionValue] = {
     "elect": Choices(("weighted", "unweighted", "count")), "normalize": Choices((True, False)),
 }  # fmt: skip
 
 
-def space(low: float = 1.0, high: float = 5.0, options: dict[str, OptionValue] | None = None) -> Space:
+def space(
+    low: float = 1.0, high: float = 5.0, options: dict[str, OptionValue] | None = None
+) -> Space:
     return Space(
         method="ties",
         base=ModelRef("base", "b", "f0"),
@@ -66,9 +69,15 @@ def test_options_come_last_and_have_no_block() -> None:
 def test_decode_gives_every_level_an_equal_share() -> None:
     box, ticks = space(), np.linspace(0.0, 1.0, 6001)[:-1] + 1 / 12000
     recipes = [box.decode((0.5, x, 0.5, x, x, x)) for x in ticks.tolist()]
-    assert np.unique([one.table[0][1] for one in recipes], return_counts=True)[1].tolist() == [1200] * 5
+    assert (
+        np.unique([one.table[0][1] for one in recipes], return_counts=True)[1].tolist()
+        == [1200] * 5
+    )
     assert {one.table[0][1] for one in recipes} == {1.0, 2.0, 3.0, 4.0, 5.0}
-    for name, values in (("elect", ("weighted", "unweighted", "count")), ("normalize", (True, False))):
+    for name, values in (
+        ("elect", ("weighted", "unweighted", "count")),
+        ("normalize", (True, False)),
+    ):
         found = [one.option(name, "") for one in recipes]
         assert [found.count(value) for value in values] == [6000 // len(values)] * len(values)
     last = box.decode((1.0,) * 6)
@@ -76,6 +85,7 @@ def test_decode_gives_every_level_an_equal_share() -> None:
     assert dict(last.options)["divisor"] == "weight"
 
 
+@settings(deadline=None)  # a shared machine stands still for longer than that
 @given(st.lists(st.floats(0, 1), min_size=6, max_size=6))
 def test_a_bin_is_one_recipe_and_its_middle_comes_back(x: list[float]) -> None:
     box = space()
@@ -96,9 +106,11 @@ def test_encode_knows_what_is_no_level() -> None:
     assert box.encode({"weight.math": 1.0, "bands": 4.0}) is None  # the options are searched
     assert box.encode({"weight.math": 1.0, "bands": 4.0}, {**chosen, "normalize": 0}) is None
     assert box.encode({"weight.math": 1.0, "bands": 4.0}, {**chosen, "divisor": "count"}) is None
-    with pytest.raises(InputError, match=r"bands is 1\.5 in embed, the study searches whole numbers"):
+    with pytest.raises(
+        InputError, match=r"bands is 1\.5 in embed, the study searches whole numbers"
+    ):
         box.encode_rows([{"weight.math": 1.0, "bands": 1.5}] * 2, chosen)
-    with pytest.raises(InputError, match="its options are {'elect': 'x'}, the study searches"):
+    with pytest.raises(InputError, match=r"its options are \{'elect': 'x'\}, the study searches"):
         box.encode_rows([{"weight.math": 1.0, "bands": 1.0}] * 2, {"elect": "x"})
 
 
@@ -123,34 +135,35 @@ def test_tying_leaves_options_alone() -> None:
     ]  # fmt: skip
 
 
-def trap(x: tuple[float, ...]) -> float:
-    """One option of four is right, and far from it in the box nearly right looks best."""
-    values = np.array(x)
-    right = {0: 0.30, 1: 0.25, 2: 0.0, 3: 0.15}[int(x[2] * 4)]
-    return right + 0.05 * abs(int(x[3] * 6) - 4) + float(((values[:2] - 0.3) ** 2).sum())
+#: Two real dimensions, and eight options of six values each, one of which is right.
+KINDS = (REAL, REAL, *(Kind("choice", 6),) * 8)
+RIGHT = (4, 4, 0, 4, 2, 3, 3, 0)
 
 
-KINDS = (REAL, REAL, Kind("choice", 4), Kind("integer", 6))
+def wrong_options(candidate: Candidate) -> Told:
+    x = np.array(candidate.x)
+    wrong = (np.floor(x[2:] * 6) != RIGHT).mean()
+    return Told(candidate.id, (float(wrong + ((x[:2] - 0.3) ** 2).sum()),))
 
 
-def found(name: str, seed: int, kinds: tuple[Kind, ...], budget: int = 120) -> float:
-    searcher = make_searcher(name, {}, SearchProblem(4, 1, budget, 4, seed, kinds=kinds))
-    best, told = np.inf, 0
-    while told < budget:
-        candidates = searcher.ask(4)
-        for candidate in candidates:
-            best = min(best, trap(candidate.x))
-            searcher.tell([Told(candidate.id, (trap(candidate.x),))])
-        told += len(candidates)
-    return float(best)
+def found(name: str, seed: int) -> float:
+    problem = SearchProblem(len(KINDS), 1, 240, 4, seed, kinds=KINDS)
+    calls = drive(make_searcher(name, {}, problem), wrong_options, 240, window=4, order=0)
+    return min(told.losses[0] for call in calls for told in call.told)
 
 
 @pytest.mark.parametrize("name", ["ga", "nsga2", "unsga3"])
-def test_genetic_algorithms_find_the_option_that_matters(name: str) -> None:
-    if name == "nsga2":
-        assert max(found(name, seed, KINDS) for seed in range(6)) < 0.12
-    else:
-        assert np.median([found(name, seed, KINDS) for seed in range(6)]) < 0.05
+def test_genetic_algorithms_find_the_options_that_matter(name: str) -> None:
+    assert np.mean([found(name, seed) for seed in range(4)]) < 0.25  # two wrong ones of eight
+
+
+def test_chance_does_not_find_them() -> None:
+    points = np.random.default_rng(0).random((4, 240, len(KINDS)))
+    losses = [
+        min(wrong_options(Candidate(0, tuple(x))).losses[0] for x in rows.tolist())
+        for rows in points
+    ]
+    assert np.mean(losses) > 0.35
 
 
 def test_whole_numbers_move_to_neighbours_and_choices_anywhere() -> None:
@@ -192,11 +205,17 @@ def test_the_file_says_what_is_searched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("weight: {low: 0.5, high: 3, integer: true}", "weight: integer: true needs whole numbers, got low 0.5 and high 3"),
+        ("weight: {low: 0.5, high: 3, integer: true}", "needs whole numbers, got low 0.5"),
         ("weight: {choices: [true, false]}", "weight: is a number; choices are for options"),
-        ("weight: 1, elect: {choices: [unweighted, most]}", "elect.choices: choose from weighted, unweighted, count, got 'most'"),
+        (
+            "weight: 1, elect: {choices: [unweighted, most]}",
+            "elect.choices: choose from weighted, unweighted, count, got 'most'",
+        ),
         ("weight: 1, elect: {choices: [count, count]}", "elect.choices: each value once"),
-        ("weight: 1, normalize: {choices: [true, 'false']}", "normalize.choices: choose from true, false, got 'false'"),
+        (
+            "weight: 1, normalize: {choices: [true, 'false']}",
+            "normalize.choices: choose from true, false, got 'false'",
+        ),
         ("weight: 1, density: 1", "nothing is searched"),
     ],
 )  # fmt: skip
@@ -209,9 +228,9 @@ def test_what_the_method_does_not_take_is_refused(tmp_path: Path, text: str, mes
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("elect: {choices: [count]}", "space.parameters.elect.choices: List should have at least 2 items"),
-        ("elect: {choices: [unweighted, count], low: 1}", "space.parameters.elect.low: unknown key"),
-        ("weight: {low: 0, hihg: 1}", "space.parameters.weight.hihg: unknown key (did you mean 'high'"),
+        ("elect: {choices: [count]}", "elect.choices: List should have at least 2 items"),
+        ("elect: {choices: [unweighted, count], low: 1}", "parameters.elect.low: unknown key"),
+        ("weight: {low: 0, hihg: 1}", "weight.hihg: unknown key (did you mean 'high'"),
         ("weight: [0, 1]", "space.parameters.weight: must be a number or {low, high}"),
     ],
 )  # fmt: skip
@@ -247,7 +266,7 @@ def test_a_study_searches_options_and_continues(
     assert direction_grams(prepared.space, prepared.models) == ()
     points = {one.label: one for one in prepared.baselines}
     assert points["base"].x is None  # weights of zero have no average
-    assert points["expert:math"].x == (0.5, pytest.approx(1 / 6), 0.25)
+    assert points["expert:math"].x == (1.5 / 3, 0.5 / 3, 0.5 / 2)
     assert points["uniform"].x is None  # halves are no whole numbers
     view = launch.run(prepared, ()).view
     trials = [trial for trial in view.trials if trial.kind == "search"]
@@ -261,12 +280,10 @@ def test_a_study_searches_options_and_continues(
 
     essence = essence_of(prepared.directory)
     whole = (prepared.directory / JOURNAL).read_bytes()
-    total = len(read(prepared.directory).records)
-    for records in (total // 2, total - 5):
-        (prepared.directory / JOURNAL).write_bytes(whole)
-        cut(prepared.directory, records)
-        launch.run(project(folder), ())
-        assert essence_of(prepared.directory) == essence
+    cut(prepared.directory, len(read(prepared.directory).records) // 2)
+    assert (prepared.directory / JOURNAL).stat().st_size < len(whole)
+    launch.run(project(folder), ())
+    assert essence_of(prepared.directory) == essence
 
 
 def test_equal_merges_are_scored_once(tmp_path: Path, save_llama: Callable[..., Path]) -> None:

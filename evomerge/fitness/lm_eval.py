@@ -172,10 +172,15 @@ class LmEvalTasks:
 
     def attach(self, live: Live) -> LmEvalFitness:
         """Return what scores a live model; see ``bind``."""
-        return self.bind(live.model, live.tokenizer, live.batch_size, live.batch_tokens)
+        return self.bind(live.model, live.tokenizer, live.batch_size, live.batch_tokens, live.found)
 
     def bind(
-        self, model: Any, tokenizer: Any, batch_size: int, batch_tokens: int | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_size: int,
+        batch_tokens: int | None = None,
+        found: bool = False,
     ) -> LmEvalFitness:
         """Return the fitness of whatever weights ``model`` holds at the time of scoring.
 
@@ -185,6 +190,7 @@ class LmEvalTasks:
             batch_size: prompts per forward pass of lm-eval's own code, at least 1; it answers
                 for encoder-decoders, and what is unusual.
             batch_tokens: tokens per forward pass of ours; None to find it by memory.
+            found: whether an earlier run found ``batch_tokens`` by its memory.
 
         Raises:
             TaskError: the model's context is too short for what a task generates.
@@ -204,7 +210,7 @@ class LmEvalTasks:
         if lm.backend == "causal":
             from evomerge.fitness.hot.runner import Runner
 
-            answers = Runner(lm, batch_tokens)
+            answers = Runner(lm, batch_tokens, found)
         return LmEvalFitness(self.objectives, self._columns, self._tasks, answers, lm, session)
 
 

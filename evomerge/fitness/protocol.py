@@ -24,6 +24,8 @@ class Live:
             scored later is written over them.
         distance: returns how far the model is from the base: ``l1``, the mean over all weights
             of the sum of |coefficients|, or ``l2``, ||W - W0|| / ||W0||.
+        found: ``batch_tokens`` is what an earlier run found by its memory, not what was asked for:
+            it may shrink where it does not fit any more, and is not for what has a size of its own.
     """
 
     model: Any
@@ -32,6 +34,7 @@ class Live:
     batch_tokens: int | None
     put: Callable[[str], None]
     distance: Callable[[str], float]
+    found: bool = False
 
 
 #: The score of an objective that is asked for no items: another one needs them.

@@ -70,7 +70,7 @@ class TextScores:
         if any(spec.kind == "alignment" for spec in specs):
             # Behind the hook that picks the wanted positions.
             live.model.get_output_embeddings().register_forward_pre_hook(self._keep)
-        self._budget = live.batch_tokens or TOKENS
+        self._budget = TOKENS if live.found else live.batch_tokens or TOKENS
         self._width = live.model.get_input_embeddings().weight.shape[0]
         limit = getattr(live.model.config, "max_position_embeddings", None) or specs[0].tokens
         self._tokens = [

@@ -30,6 +30,7 @@ from evomerge.search import niches
 from evomerge.search.ledger import Ledger, check_count
 from evomerge.search.protocol import Candidate, SearchProblem, Told
 from evomerge.search.tables import Pair, Table, arc, cross, on_arc, prefix_grams
+from evomerge.trial import Origin
 
 Array = NDArray[np.float64]
 
@@ -175,6 +176,14 @@ class M2N2Searcher:
                     f"w = {birth.weight:.3f}"
                 )
         return facts
+
+    def origin(self, candidate: int) -> Origin | None:
+        """Return the parents of a candidate; None of first members."""
+        birth = self.lineage[candidate]
+        if not birth.parents:
+            return None
+        split = f"split before block {birth.split}, " if self._split else ""
+        return Origin(birth.parents, f"{split}w = {birth.weight:.3f}")
 
     # -- asking --------------------------------------------------------------------------------
 

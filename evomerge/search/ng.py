@@ -28,6 +28,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -361,19 +362,26 @@ def _optimizer(family: Any, array: Any, problem: SearchProblem) -> Any:
         return family(array, budget=problem.budget, num_workers=problem.parallel)
 
 
-def _global_state(problem: SearchProblem) -> np.random.RandomState:
+@dataclass(slots=True)
+class _Generator:
+    """Where a generator stands, as ``numpy.random.get_state`` gives it."""
+
+    state: Any
+
+
+def _global_state(problem: SearchProblem) -> _Generator:
     """Return what stands in for numpy's global generator."""
     seed = np.random.SeedSequence(problem.seed, spawn_key=(1,)).generate_state(8)
-    return np.random.RandomState(seed)
+    return _Generator(np.random.RandomState(seed).get_state())
 
 
 @contextmanager
-def _lent(own: np.random.RandomState) -> Iterator[None]:
+def _lent(own: _Generator) -> Iterator[None]:
     """Give numpy's global generator the state ``own`` for a while, and keep where it got to."""
     before = np.random.get_state()  # noqa: NPY002 - nevergrad draws from it
-    np.random.set_state(own.get_state())  # noqa: NPY002
+    np.random.set_state(own.state)  # noqa: NPY002
     try:
         yield
     finally:
-        own.set_state(np.random.get_state())  # noqa: NPY002
+        own.state = np.random.get_state()  # noqa: NPY002
         np.random.set_state(before)  # noqa: NPY002

@@ -107,6 +107,8 @@ class Searcher(Protocol):
     work, by short names. The study writes them down and shows them; they must not change what is
     asked. And it may have ``generation: int``, the number of the generation that the candidate
     which was asked last belongs to: candidates of one generation are scored on the same items.
+    And it may have ``origin(candidate: int) -> Origin | None``: the candidates that one was made
+    from, all by id. The study writes them down as trials.
     """
 
     def ask(self, n: int) -> Sequence[Candidate]:

@@ -22,6 +22,7 @@ from evomerge.search.moo_entries import PYMOO
 from evomerge.search.ng_entries import NEVERGRAD
 from evomerge.search.protocol import Candidate, Searcher, SearchProblem, Told
 from evomerge.search.surrogate_entries import SURROGATES
+from evomerge.trial import Origin
 
 __all__ = [
     "GROUP",
@@ -149,6 +150,11 @@ class _OneThread:
         """Return what the searcher says of its work; nothing where it does not."""
         say: Callable[[], Mapping[str, str]] = getattr(self._inner, "facts", dict)
         return say()
+
+    def origin(self, candidate: int) -> Origin | None:
+        """See ``Searcher``; None where the searcher does not say."""
+        say: Callable[[int], Origin | None] = getattr(self._inner, "origin", lambda _: None)
+        return say(candidate)
 
     def tell(self, results: Sequence[Told]) -> None:
         """See ``Searcher.tell``."""

@@ -7,9 +7,11 @@ told, when a driver came to its end; ``driver.log``.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -230,6 +232,8 @@ def drive(plan: Plan, directory: Path) -> None:
     place = notes(directory)
     place.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=place / "driver.log", force=True)
+    # Whoever finds a driver that hangs asks where: SIGUSR1.
+    faulthandler.register(signal.SIGUSR1, (place / "stack.txt").open("w"), all_threads=True)
     searchers: list[Recording] = []
     try:
         view = chaos_study(plan, directory, searchers.append).run()

@@ -7,19 +7,21 @@ import logging
 import os
 import re
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import faults
 from chaos_study import Plan, Recording, chaos_study, notes
-from rows import Case, Row, _tally
+from rows import Case, Row, tally_row
 from under_fire import Fault, end_of, survive, undisturbed
 
-from evomerge.journal import JOURNAL, read
+from evomerge.journal import read
+from evomerge.study_listener import StudyListener
+from evomerge.trial import Trial
 
 
 def cluster_cases(long: bool) -> Mapping[str, Case]:
@@ -36,17 +38,17 @@ def ray_kills(trials: int, worker_kills: int, driver_kills: int, folder: Path) -
     for number in range(driver_kills):
         turns.insert((number + 1) * len(turns) // (driver_kills + 1), "driver")
     tally = survive(plan, turns, folder, 4)
-    return _tally("RayPool: SIGKILL of actors and driver", f"cma, {trials} trials, 3 actors", tally)
+    load = f"cma, {trials} trials, 3 actors"
+    return tally_row("RayPool: SIGKILL of actors and driver", load, tally, len(turns))
 
 
 def elastic(trials: int, folder: Path) -> Row:
     """Run a search while nodes of its cluster come and go."""
     began = time.monotonic()
-    plan = Plan("nsga2", 1, trials, "ray", 4, seconds=0.5)
+    plan = Plan("nsga2", 1, trials, "ray", 4, seconds=1.0)
     reference = undisturbed(Plan("nsga2", 1, trials), folder / "calm")
     directory = folder / "elastic"
-    length = (folder / "calm" / JOURNAL).stat().st_size
-    code = faults.in_process(_on_a_cluster, plan, directory, length, limit_seconds=500.0)
+    code = faults.in_process(_on_a_cluster, plan, directory, limit_seconds=500.0)
     told = json.loads((notes(directory) / "ended.json").read_text()) if code == 0 else {}
     end = end_of(directory, told["digest"], told["told"]) if told else None
     scan = read(directory)
@@ -65,7 +67,26 @@ def elastic(trials: int, folder: Path) -> Row:
     return Row("nodes join and leave", load, found, holds, time.monotonic() - began)
 
 
-def _on_a_cluster(plan: Plan, directory: Path, length: int) -> None:
+class _Changes(StudyListener):
+    """Changes the cluster at some trials, while the driver waits and the workers go on."""
+
+    def __init__(self, cluster: Any, first: Any, trials: int) -> None:
+        self._cluster = cluster
+        self._nodes = [first]
+        self._steps = [
+            (int(0.2 * trials), "join"), (int(0.4 * trials), "leave"),
+            (int(0.55 * trials), "join"), (int(0.75 * trials), "leave"),
+        ]  # fmt: skip
+
+    def on_trial(self, trial: Trial, replayed: bool) -> None:
+        while self._steps and trial.number >= self._steps[0][0]:
+            if self._steps.pop(0)[1] == "join":
+                self._nodes.append(self._cluster.add_node(num_cpus=2))
+            else:
+                self._cluster.remove_node(self._nodes.pop(0), allow_graceful=False)
+
+
+def _on_a_cluster(plan: Plan, directory: Path) -> None:
     """Be a driver on a cluster of two CPUs that grows to four, loses two and gets two."""
     place = notes(directory)
     place.mkdir(parents=True, exist_ok=True)
@@ -73,7 +94,7 @@ def _on_a_cluster(plan: Plan, directory: Path, length: int) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
 
-    with tempfile.TemporaryDirectory(prefix="ev", dir="/tmp") as folder:  # noqa: S108
+    with tempfile.TemporaryDirectory(prefix="ev", dir="/tmp") as folder:
         cluster = Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 0, "include_dashboard": False, "temp_dir": folder},
@@ -81,28 +102,9 @@ def _on_a_cluster(plan: Plan, directory: Path, length: int) -> None:
         try:
             first = cluster.add_node(num_cpus=2)
             os.environ["RAY_ADDRESS"] = cluster.address
-            path = directory / JOURNAL
-
-            def change() -> None:
-                second = None
-                for step, share in enumerate((0.2, 0.4, 0.55, 0.75)):
-                    while not path.exists() or path.stat().st_size < share * length:
-                        time.sleep(0.05)
-                    match step:
-                        case 0:
-                            second = cluster.add_node(num_cpus=2)
-                        case 1:
-                            cluster.remove_node(first, allow_graceful=False)
-                        case 2:
-                            cluster.add_node(num_cpus=2)
-                        case 3:
-                            cluster.remove_node(second, allow_graceful=False)
-
-            watcher = threading.Thread(target=change, daemon=True)
-            watcher.start()
             searchers: list[Recording] = []
-            chaos_study(plan, directory, searchers.append).run()
-            watcher.join(60)
+            changes = _Changes(cluster, first, plan.trials)
+            chaos_study(plan, directory, searchers.append, (changes,)).run()
             told = {"digest": searchers[0].digest, "told": searchers[0].told}
             (place / "ended.json").write_text(json.dumps(told))
         finally:

@@ -77,7 +77,7 @@ def _crash_study(place: Path, every: int) -> Matrix:
         return matrix
     for point in chosen(names, every):
         directory = place / f"point{point}"
-        study = UnderFire(plan, directory, random.Random(point))  # noqa: S311
+        study = UnderFire(plan, directory, random.Random(point))
         fatal = point
         for _ in range(1 + _DEATHS_OF_A_RESUME):
             study.note_complete()
@@ -138,5 +138,3 @@ def _crash_export(place: Path, every: int, base: str, experts: list[str]) -> Mat
 
 def _contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
-
-

@@ -51,7 +51,7 @@ class Points:
 
     def _by_handle(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(handle: int, *arguments: Any) -> Any:
-            path = os.readlink(f"/proc/self/fd/{handle}")
+            path = _path_of(handle)
             if not self._watched(path):
                 return real(handle, *arguments)
             label = f"{name} {_kind(path)}"
@@ -72,7 +72,7 @@ class Points:
             target = os.fspath(arguments[0] if name in ("rename", "replace") else path)
             folder = options.get("dir_fd")
             if folder is not None:
-                target = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), target)  # noqa: PTH118
+                target = f"{_path_of(folder)}/{target}"
             if not self._watched(str(target)):
                 return real(path, *arguments, **options)
             label = f"{name} {_kind(str(target))}"
@@ -89,6 +89,10 @@ class Points:
         flags = arguments[2] or 0
         if flags & (os.O_WRONLY | os.O_RDWR) and self._watched(os.fspath(arguments[0])):
             self._pass(f"before open {_kind(os.fspath(arguments[0]))}")
+
+
+def _path_of(handle: int) -> str:
+    return str(Path(f"/proc/self/fd/{handle}").readlink())
 
 
 def _kind(path: str) -> str:

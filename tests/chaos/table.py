@@ -61,7 +61,9 @@ def _checkpoints(folder: Path) -> tuple[str, tuple[str, ...]]:
 
 def main() -> None:
     """Run what is left and print everything."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--long", action="store_true", help="the full sizes")
     parser.add_argument("--rows", nargs="*", help="names or their beginnings; all where absent")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row later")

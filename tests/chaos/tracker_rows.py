@@ -23,7 +23,6 @@ from small_study import small_study
 
 from evomerge.presentation import STUDY_FILE, project
 from evomerge.study_listener import StudyListener
-from evomerge.study_view import StudyView
 from evomerge.tracking import Tracker, sync
 from evomerge.tracking_target import tracking_target
 from evomerge.trial import Trial
@@ -97,17 +96,14 @@ class Server:
 
 
 class _Paced(StudyListener):
-    """Gives every trial some length, and the tracker a sign."""
+    """Gives every trial some length."""
 
-    def __init__(self, tracker: Tracker | None) -> None:
-        self._tracker = tracker
+    def __init__(self) -> None:
         self.done = 0
 
     def on_trial(self, trial: Trial, replayed: bool) -> None:
         self.done += 1
         time.sleep(_PAUSE_SECONDS)
-        if self._tracker is not None:
-            self._tracker.notify()
 
 
 def _search(trials: int, folder: Path, report: Path) -> None:
@@ -123,8 +119,8 @@ def _search(trials: int, folder: Path, report: Path) -> None:
     (directory / STUDY_FILE).write_text("name: strings\nseed: 3\n")
     target = tracking_target(server.url, "chaos", directory)
     try:
-        tracker = Tracker(lambda: project(StudyView.load(directory)), target)
-        pace = _Paced(tracker)
+        tracker = Tracker(directory, target)
+        pace = _Paced()
 
         def harm() -> None:
             nonlocal kills
@@ -145,7 +141,7 @@ def _search(trials: int, folder: Path, report: Path) -> None:
         villain.join(200)
         tracker.close(2.0)
         began = time.monotonic()
-        small_study(folder / "calm", budget=trials, listeners=(_Paced(None),)).run()
+        small_study(folder / "calm", budget=trials, listeners=(_Paced(),)).run()
         calm = time.monotonic() - began
         server.start()
         synced = sync(project(view), target)
@@ -171,8 +167,11 @@ def _count(uri: str, experiment: str, parent: str) -> Mapping[str, int]:
         [experiment], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=5000
     )
     points: Counter[tuple[str, str, int]] = Counter()
+    values = {name for run in children for name in run.data.metrics}
     for run in (client.get_run(parent), *children):
-        for name in run.data.metrics:
+        # Who is on the front, and what is recommended, changes as the search goes on.
+        passing = values if run.info.run_id == parent else {"front"}
+        for name in run.data.metrics.keys() - passing:
             for point in client.get_metric_history(run.info.run_id, name):
                 points[run.info.run_id, name, point.step] += 1
     numbers = Counter(run.data.tags["evomerge.trial"] for run in children)

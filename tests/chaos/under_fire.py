@@ -26,11 +26,11 @@ import chaos_study
 from chaos_study import Plan, Recording
 from process_pool import context
 
-from evomerge.driver_lock import LOCK
+from evomerge.driver_lock import LOCK, is_locked
 from evomerge.journal import JOURNAL, read
 from evomerge.replay import record_problems, verify
 from evomerge.spool import SPOOL, job_key
-from evomerge.study_record import SPLITS, History
+from evomerge.study_record import History
 from evomerge.study_view import StudyView
 from evomerge.trial import Evaluation, Job
 
@@ -43,6 +43,9 @@ Fault = Literal["driver", "worker", "start", "tear", "freeze", "overtake"]
 #: A job whose workers die three times fails, as it should; so none is hit more often than this.
 _MOST_HITS = 2
 _FROZEN_SECONDS = 0.3
+
+#: An overtaken driver ends with its next record.
+_OVERTAKEN_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +170,7 @@ class UnderFire:
         driver = self.running() or self.start()
         driver.join(limit_seconds)
         if driver.exitcode is None:
-            self.tally.problems.append(f"hung for {limit_seconds:g} s")
+            self.tally.problems.append(f"hung for {limit_seconds:g} s at {self._stack(driver)}")
             driver.kill()
             driver.join()
         self.running()
@@ -198,7 +201,8 @@ class UnderFire:
             case "worker":
                 return self._kill_worker()
             case "freeze":
-                self._freeze(driver)
+                if not self._freeze(driver):
+                    return False
             case "overtake":
                 self._overtake(driver)
             case _:
@@ -251,9 +255,12 @@ class UnderFire:
             os.truncate(path, len(data) - self._dice.randint(1, min(200, last)))
             self.tally.torn += 1
 
-    def _freeze(self, driver: BaseProcess) -> None:
+    def _freeze(self, driver: BaseProcess) -> bool:
         assert driver.pid is not None
         os.kill(driver.pid, signal.SIGSTOP)
+        if not is_locked(self._directory):  # it was about to end
+            os.kill(driver.pid, signal.SIGCONT)
+            return False
         began = time.monotonic()
         second = context().Process(target=chaos_study.drive, args=(self._plan, self._directory))
         second.start()
@@ -267,6 +274,7 @@ class UnderFire:
             self.tally.kills["worker"] += self._hit(mark)
         time.sleep(_FROZEN_SECONDS)
         os.kill(driver.pid, signal.SIGCONT)
+        return True
 
     def _overtake(self, frozen: BaseProcess) -> None:
         """Let a frozen driver lose its lock, and wake up when the next one is at work."""
@@ -278,11 +286,24 @@ class UnderFire:
         while self._size() <= size and self.running() is not None:
             time.sleep(0.001)
         os.kill(frozen.pid, signal.SIGCONT)
-        frozen.join(10.0)
+        frozen.join(_OVERTAKEN_SECONDS)
         if frozen.exitcode not in (0, 5):
-            self.tally.problems.append(f"an overtaken driver ended with {frozen.exitcode}")
+            where = self._stack(frozen) if frozen.exitcode is None else ""
+            self.tally.problems.append(
+                f"an overtaken driver ended with {frozen.exitcode} after {_OVERTAKEN_SECONDS:g} s "
+                f"{where}"
+            )
             frozen.kill()
         (self._notes / "error.txt").unlink(missing_ok=True)
+
+    def _stack(self, driver: BaseProcess) -> str:
+        """Return where a driver is that hangs."""
+        assert driver.pid is not None
+        os.kill(driver.pid, signal.SIGUSR1)
+        time.sleep(0.3)
+        lines = (self._notes / "stack.txt").read_text().splitlines()
+        state = Path(f"/proc/{driver.pid}/stat").read_text().split()[2]
+        return f"{state}: " + " < ".join(line.strip() for line in lines[1:8])
 
     # -- what must hold ---------------------------------------------------------------------
 
@@ -294,7 +315,8 @@ class UnderFire:
             return
         complete = {path.stem for path in (self._directory / SPOOL).glob("*.json")}
         complete |= set(self._journaled())
-        self._complete = {key: begun[key] for key in complete}
+        # What was complete once stays so, even where its record was torn off meanwhile.
+        self._complete = {key: begun[key] for key in self._complete.keys() | complete}
 
     def _journaled(self) -> dict[str, str]:
         """Return the results in the journal by the job that gave them."""
@@ -367,7 +389,7 @@ def survive(plan: Plan, faults: Sequence[Fault], directory: Path, seed: int) -> 
     calm = Plan(plan.searcher, plan.seed, plan.trials)
     reference = undisturbed(calm, directory / "calm")
     length = (directory / "calm" / JOURNAL).stat().st_size
-    dice = random.Random(seed)  # noqa: S311
+    dice = random.Random(seed)
     study = UnderFire(plan, directory / "fire", dice)
     places = sorted(dice.uniform(0.0, 0.95) for _ in faults)
     for fault, place in zip(faults, places, strict=True):

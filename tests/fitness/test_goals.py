@@ -25,6 +25,7 @@ from evomerge.fitness.goals import (
     load_fitness,
     load_goals,
 )
+from evomerge.fitness.hot.forward import Forward
 from evomerge.fitness.protocol import NOTHING, Live, Scorer
 from evomerge.fitness.tasks import TaskSpec
 from evomerge.trial import Direction, Objective
@@ -148,6 +149,30 @@ def test_subset_order_and_batches_do_not_change_scores(zoo: Zoo, live: Live) -> 
     _, other = attached(zoo, small, *specs)
     for mine, theirs in zip(other.score(fitness.item_ids), whole, strict=True):
         assert mine.items == pytest.approx(theirs.items, rel=1e-4)
+
+
+def test_a_continued_study_reads_texts_in_the_same_batches(
+    zoo: Zoo, live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    picked = Forward.picked
+
+    def noted(self: Forward, tokens: torch.Tensor, *given: Any, **extra: Any) -> torch.Tensor:
+        batches.append(tokens.numel())
+        return picked(self, tokens, *given, **extra)
+
+    def passes(tokens: int | None, found: bool) -> list[int]:
+        one = Live(live.model, live.tokenizer, 4, tokens, live.put, live.distance, found)
+        fitness, scorer = attached(zoo, one, ENTROPY)
+        batches.clear()
+        scorer.score(fitness.item_ids)
+        return list(batches)
+
+    monkeypatch.setattr(Forward, "picked", noted)
+    begun = passes(None, False)
+    # The tasks' own size was found by memory, and is none of the texts' business.
+    assert passes(8, True) == begun
+    assert passes(8, False) != begun, "what the user asks for counts"
 
 
 def test_long_texts_are_cut(zoo: Zoo, live: Live, tokenizer: Any) -> None:

@@ -251,3 +251,8 @@ def test_batches_shrink_until_they_fit_and_stay_there(monkeypatch: pytest.Monkey
     given = Runner(lm_of(make("llama")), 1000)
     with pytest.raises(torch.OutOfMemoryError):
         given.loglikelihood(asked)
+    # What an earlier run found, on another device maybe, is not what the user asked for.
+    resumed = Runner(lm_of(make("llama")), 1000, found=True)
+    answers = resumed.loglikelihood(asked)
+    assert [value for value, _ in answers] == pytest.approx([value for value, _ in expected])
+    assert resumed.budget == 125

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from evomerge.pareto import hypervolume
-from evomerge.search.gp import fit_process
+from evomerge.search.gp import _Plane, fit_process
 from evomerge.search.protocol import Candidate, SearchProblem
 from evomerge.search.registry import make_searcher
 from evomerge.testing import drive, sphere, told
@@ -90,3 +90,14 @@ def test_it_tells_its_error_on_points_that_it_had_not_seen() -> None:
     assert "Gaussian processes of " in facts["surrogate"]
     assert facts["surrogate"].count("R2 0.9") + facts["surrogate"].count("R2 1.0") == 2
     assert facts["prediction error"].startswith("rms on ")
+
+
+def test_distances_are_the_same_in_fewer_coordinates() -> None:
+    generator = np.random.default_rng(0)
+    points, others = generator.random((12, 60)), generator.random((5, 60))
+    plane = _Plane.of(points)
+    assert plane(points).shape == (12, 13)
+    for a, b in ((points, points), (others, points)):
+        true = np.linalg.norm(a[:, None] - b[None, :], axis=2)
+        seen = np.linalg.norm(plane(a)[:, None] - plane(b)[None, :], axis=2)
+        assert seen == pytest.approx(true, abs=1e-7)

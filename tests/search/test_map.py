@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -180,3 +181,24 @@ def test_nested_map_without_labels_takes_coordinates(dimension: int) -> None:
     searcher = make_searcher("nested_map", {"generations": 4}, problem)
     results = told(drive(searcher, lambda one: sphere(one, 1), 20, 1, 0))
     assert min(one.losses[0] for one in results) < 0.05
+
+
+def test_the_closest_pair_is_the_first_of_the_least_difference() -> None:
+    generator = np.random.default_rng(0)
+    for case in range(60):
+        losses = generator.integers(0, 4, (5, 2)) / 4  # many are equal
+        warm = [WarmPoint((0.0,) * 5, (2.0, 2.0), "base")]
+        warm += [
+            WarmPoint(tuple(np.eye(5)[k]), tuple(row), f"expert:{k}")
+            for k, row in enumerate(losses.tolist())
+        ]
+        problem = SearchProblem(5, 2, 60, 4, 0, warm=tuple(warm))
+        plan = NestedPlan(problem, {"rounds": 2, "population": 12, "generations": 4})
+        if case % 3 == 0:
+            plan._nodes[case % 5] = replace(plan._nodes[case % 5], losses=None)
+        values = [plan._value(node) for node in plan._nodes]
+        pairs = list(combinations(range(5), 2))
+        unknown = np.isnan(values)
+        gaps = [0.0 if unknown[a] or unknown[b] else abs(values[a] - values[b]) for a, b in pairs]
+        first, second = pairs[int(np.argmin(gaps))]
+        assert plan._closest() == (plan._nodes[first], plan._nodes[second])

@@ -44,15 +44,16 @@ class Runner:
     Args:
         lm: an ``HFLM`` around the model; it tokenises, and answers what is not on the hot path.
         budget: tokens per forward pass; None to find it by memory, see ``batch_size``.
+        found: an earlier run found ``budget`` so: it shrinks where it does not fit any more.
     """
 
-    def __init__(self, lm: Any, budget: int | None = None) -> None:
+    def __init__(self, lm: Any, budget: int | None = None, found: bool = False) -> None:
         self._lm = lm
         self._forward = Forward(lm.model)
         self._plans: OrderedDict[Hashable, Any] = OrderedDict()
         self._stops: dict[tuple[str, ...], Stops] = {}
         self.budget = budget or found_tokens(self._forward)
-        self._given = budget is not None
+        self._given = budget is not None and not found
 
     def facts(self) -> dict[str, str]:
         """Return what decides the last bits of the answers, for the record."""

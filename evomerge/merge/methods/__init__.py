@@ -23,7 +23,6 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
-
 def changed_options(recipe: Recipe) -> dict[str, str]:
     """Return the options of a recipe that are not its method's defaults, as a study file says."""
     method = METHODS.get(recipe.method)
