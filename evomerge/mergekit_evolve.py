@@ -169,8 +169,10 @@ def _partition(read: _Reading, genome: Mapping[str, Any]) -> str:
             f"{', '.join(map(str, filters))}: only self_attn and mlp have a counterpart "
             "(leave filters out, or use partition: tensor)",
         )
+    shared = f", not of {size} layers together (layer_granularity)" if size != 1 else ""
     read.notes.append(
-        "filters: attention and MLP of each layer have values of their own (partition: module)"
+        f"filters: attention and MLP of each layer have values of their own{shared}: more "
+        "coefficients than there"
     )
     return "module"
 

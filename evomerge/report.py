@@ -18,6 +18,7 @@ from evomerge.comparison_rows import (
     overview_rows,
 )
 from evomerge.errors import InputError
+from evomerge.estimate_audits import distrust
 from evomerge.front_page import FrontData, FrontPoint, front_html, summary
 from evomerge.front_table import point_name, table_points
 from evomerge.plain_page import heading, paragraph, table
@@ -201,6 +202,8 @@ def _audits(view: StudyView) -> Iterator[str]:
     if not audits:
         return
     yield heading("How far off the estimates were")
+    for warning in distrust(view):
+        yield paragraph(f"Warning: {warning}")
     yield paragraph(
         f"{len(audits)} trials were scored on all search items besides. Beside the estimate stands "
         "the plain mean of the same few items: an estimator that is not nearer is not worth it."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from evomerge.comparison_rows import COMPARISON_HEADER, comparison_note, overview_rows
+from evomerge.estimate_audits import distrust
 from evomerge.front_page import summary
 from evomerge.front_table import front_markdown
 from evomerge.item_comparison import Comparison, compare_trials, rivals_of
@@ -41,6 +42,7 @@ def report_markdown(view: StudyView) -> str:
             "",
             comparison_note(found).replace("*", r"\*"), "",
         ]  # fmt: skip
+    lines += [line for warning in distrust(view) for line in (f"**Warning:** {warning}", "")]
     if view.counts.failed:
         lines += [f"Failed trials: {view.counts.failed}; `evomerge report` lists why.", ""]
     lines += ["Take it home:", "", f"    {export_command(view, '--pick knee', 'merged')}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from evomerge.estimate_audits import audit_facts
 from evomerge.study_view import StudyView
 
 
@@ -28,32 +29,6 @@ def savings_facts(view: StudyView) -> dict[str, Any]:
         facts["estimator"] = audit_facts(view)
     if view.violation:
         facts["violation"] = view.violation
-    return facts
-
-
-def audit_facts(view: StudyView) -> dict[str, Any]:
-    """Return how far off the estimates were, by objective, and whether to believe them."""
-    from evomerge.fitness.irt.trust import Audit, verdict
-
-    facts: dict[str, Any] = {"name": view.contract["estimation"]["name"]}
-    for number, objective in enumerate(view.objectives):
-        rows = [
-            (one.full[number], one.estimate.values[number], one.estimate.errors[number],
-             one.mean.values[number])
-            for one in view.audits
-        ]  # fmt: skip
-        found: dict[str, Any] = {
-            "audits": len(rows),
-            "error": sum(abs(value - full) for full, value, _, _ in rows) / len(rows),
-            "subset_mean_error": sum(abs(mean - full) for full, _, _, mean in rows) / len(rows),
-        }
-        audits = [Audit(value, error, full) for full, value, error, _ in rows if error > 0]
-        if audits:
-            judged = verdict(audits)
-            found |= {"trusted": judged.trusted, "spread_ratio": judged.spread_ratio}
-            if judged.reason:
-                found["reason"] = judged.reason
-        facts[objective.name] = found
     return facts
 
 

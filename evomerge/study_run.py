@@ -451,9 +451,13 @@ class StudyRun:
 
     def _make_pool(self) -> Pool:
         pool = self._study.make_pool()
-        facts = dict(pool.describe())
-        self._journal.append("pool", facts=facts)
-        self.notify("on_workers", facts)
+        try:
+            facts = dict(pool.describe())
+            self._journal.append("pool", facts=facts)
+            self.notify("on_workers", facts)
+        except BaseException:
+            pool.close()  # nobody else knows of it yet
+            raise
         return pool
 
     def _begin(self, phase: Phase, total: int) -> None:

@@ -86,7 +86,7 @@ fitness:
   # Which of the search items a trial is scored on. auto takes soft_reg on 60 of 200 or more,
   # where every answer has a margin, and all of them elsewhere; `evomerge check` says which.
   # estimator: none          # all of them, always
-  # estimator: {{name: soft_reg, items: 60, design: value_optimal_margins}}  # evomerge list estimators
+  # estimator: {{name: soft_reg, items: 20, design: value_optimal_margins}}    # list estimators
   batch_size: 64
 
 search:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from evomerge.comparison_rows import COMPARISON_HEADER, comparison_note, comparison_rows
 from evomerge.errors import InputError
+from evomerge.estimate_audits import distrust
 from evomerge.feasibility import bounds_note, keeps_bounds
 from evomerge.gain import front_rows, gains, one_unit, trial_name
 from evomerge.item_comparison import Comparison
@@ -133,6 +134,8 @@ def print_finished(console: Console, finished: Finished) -> None:
     table = gains_table(view)
     if table is not None:
         console.print(table)
+    for warning in distrust(view):
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     activate = activation()
     if activate:
         console.print("\nOnce in this shell, so that the commands below are found:", style="bold")
@@ -270,7 +273,8 @@ def print_comparison(
         last = place + 1 == len(rows) or rows[place + 1][1].theirs != one.theirs
         style = "" if not one.clear else ("green" if one.difference > 0 else "red")
         table.add_row(*row, style=style, end_section=last)
-    console.print(table)
+    # Numbers are never cut: a narrow terminal wraps the lines, a pipe gets them whole.
+    console.print(table, width=max(console.width, console.measure(table).maximum), crop=False)
     for one in found.pairings if count else ():
         if not one.objective or not one.changes:
             continue

@@ -32,7 +32,7 @@ from evomerge.study_listener import Progress
 from evomerge.study_space import columns_of
 from evomerge.template import study_template
 from evomerge.terminal import LiveProgress, activation, front_table, print_finished
-from evomerge.tracking import _first_line
+from evomerge.tracking_client import first_line
 from evomerge.trial import Objective
 
 FORM = "models: {base: b, experts: {math: m, code: c}}\nfitness: {tasks: [t]}\n"
@@ -294,7 +294,7 @@ def test_an_unreachable_mlflow_was_a_paragraph() -> None:
         'port=9): Max retries exceeded with url: /y (Caused by NewConnectionError("HTTPConnection('
         "host='x', port=9): Failed to connect: [Errno 111] Connection refused\"))"
     )
-    assert _first_line(error) == "no answer: [Errno 111] Connection refused"
+    assert first_line(error) == "no answer: [Errno 111] Connection refused"
 
 
 def test_hints_named_a_command_that_is_none(

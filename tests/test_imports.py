@@ -82,6 +82,7 @@ LEVELS = (
         "item_comparison",
         "comparison_rows",
         "report_charts",
+        "estimate_audits",
         "report_summary",
         "report",
         "licences",

@@ -95,6 +95,12 @@ def test_the_space(tmp_path: Path, change: dict[str, Any], expected: dict[str, A
             assert space[key] == value
 
 
+def test_filters_with_groups_of_layers_say_what_they_become(tmp_path: Path) -> None:
+    path = config(tmp_path, GENOME | {"filters": ["mlp"], "layer_granularity": 2})
+    (note,) = (one for one in study_from_evolve(path).notes if one.startswith("filters"))
+    assert "not of 2 layers together (layer_granularity)" in note
+
+
 def test_models_without_a_base_and_adapters(tmp_path: Path) -> None:
     linear = {"models": ["org/a", "org/b"], "merge_method": "linear"}
     models = study(config(tmp_path, linear))["models"]

@@ -24,10 +24,11 @@ from toy_study import (
 
 from evomerge.errors import (
     InputError,
+    LockedError,
     NothingUsableError,
 )
 from evomerge.evaluations import checked
-from evomerge.journal import JOURNAL, read, unhexes
+from evomerge.journal import JOURNAL, Journal, Record, read, unhexes
 from evomerge.pool import SerialPool
 from evomerge.search.protocol import Candidate, SearchProblem
 from evomerge.study import Baseline
@@ -400,3 +401,27 @@ def test_arguments_that_do_not_fit_are_refused(
     with pytest.raises(InputError, match=text):
         toy_study(tmp_path / "s", **changes)
     assert not (tmp_path / "s").exists()
+
+
+def test_workers_were_left_behind_when_the_journal_could_not_take_their_facts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[bool] = []
+
+    class Closing(SerialPool):
+        def close(self) -> None:
+            closed.append(True)
+            super().close()
+
+    append = Journal.append
+
+    def overtaken(journal: Journal, event: str, **fields: Any) -> Record:
+        if event == "pool":
+            raise LockedError("another driver has taken over")
+        return append(journal, event, **fields)
+
+    monkeypatch.setattr(Journal, "append", overtaken)
+    factory = ToyStudyFactory(tmp_path / "log")
+    with pytest.raises(LockedError):
+        toy_study(tmp_path / "s", make_pool=lambda: Closing(factory)).run()
+    assert closed == [True]

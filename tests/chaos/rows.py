@@ -232,7 +232,7 @@ def _all_fail(folder: Path) -> Row:
 
 #: What a trial may add to the driver's memory: its recipe, its item scores, and what the searcher
 #: keeps of it. nevergrad keeps several copies of each point; see docs/durability.md.
-_MOST_BYTES = {"nsga2": 8_000.0, "de": 16_000.0, "cma": 16_000.0}
+_MOST_BYTES = 8_000.0
 
 
 def _memory(size: Size, searcher: str, folder: Path) -> Row:
@@ -242,7 +242,7 @@ def _memory(size: Size, searcher: str, folder: Path) -> Row:
         f"{got.bytes_per_trial / 1e3:.1f} kB per trial, {got.megabytes:.0f} MB in the end, "
         f"{got.handles} more open files"
     )
-    holds = got.bytes_per_trial <= _MOST_BYTES[searcher] and got.handles <= 0
+    holds = got.bytes_per_trial <= _MOST_BYTES and got.handles <= 0
     load = f"{searcher}, {got.trials:,} trials"
     return Row("memory of a long search", load, found, holds, time.monotonic() - began)
 
