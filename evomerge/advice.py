@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evomerge.config import StudyFile
+from evomerge.config import PoolSection, StudyFile
 from evomerge.economy import item_evaluations
 from evomerge.fitness.splits import ItemSplit
 from evomerge.search.generation import generation_size
@@ -72,7 +72,8 @@ def _pool(file: StudyFile) -> list[str]:
     pool = file.pool
     if pool.device == "cuda" and pool.kind == "ray" and pool.gpus_per_worker == 0:
         warnings.append("pool.gpus_per_worker: 0, so Ray hides the GPUs from the workers")
-    if pool.kind == "serial" and pool.workers > 1 and "workers" in pool.model_fields_set:
+    default = PoolSection.model_fields["workers"].default  # also what `evomerge init` writes
+    if pool.kind == "serial" and pool.workers > default:
         warnings.append(
             f"pool.workers: {pool.workers}, but kind: serial works alone, in this process (kind: "
             "ray starts them)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import logging
+import re
 import sys
 from typing import NoReturn
 
@@ -81,12 +82,12 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="evomerge", standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("error: stopped; run the same command again", err=True)
         code = 130
     except click.ClickException as error:
-        error.show()
+        _show(error)
         code = 2
     except (EvomergeError, Interrupted) as error:
         if _verbose():
@@ -101,6 +102,14 @@ def main() -> NoReturn:
         click.echo(f"error: {error.filename}: {error.strerror}", err=True)
         code = 6 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show(error: click.ClickException) -> None:
+    """Print an error of usage as click does, but led in like all others."""
+    shown = io.StringIO()
+    error.show(shown)
+    text = re.sub(r"^Error: ", "error: ", shown.getvalue(), flags=re.MULTILINE)
+    click.echo(text, err=True, nl=False)
 
 
 def _verbose() -> bool:

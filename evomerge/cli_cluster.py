@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import shlex
 import tempfile
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,30 @@ if TYPE_CHECKING:
 ADDRESS = click.option(
     "--address", default=None, metavar="URL",
     help="Of the cluster, such as http://127.0.0.1:8265. Default: RAY_API_SERVER_ADDRESS, "
-    "RAY_ADDRESS, where the study was submitted to, or a cluster on this machine.",
+    "RAY_ADDRESS, where the study was submitted to, or http://127.0.0.1:8265.",
 )  # fmt: skip
+
+
+def require_no_directory(file: Path) -> None:
+    """Say what to give instead of a directory to a command that reads a study file.
+
+    Raises:
+        InputError: it is a directory.
+    """
+    from evomerge.presentation import STUDY_FILE
+
+    if not file.is_dir():
+        return
+    resolved, inside = file / STUDY_FILE, file / "study.yaml"
+    if resolved.exists():
+        raise InputError(
+            f"{file}: the directory of a study, not its file (give the study file; {resolved} "
+            "holds its settings)"
+        )
+    remedy = (
+        f"give {inside}" if inside.exists() else "give the study file; `evomerge init` writes one"
+    )
+    raise InputError(f"{file}: a directory, not a study file ({remedy})")
 
 
 @click.command()
@@ -48,7 +71,7 @@ def submit(
     ray up ray_cluster.yaml; ray dashboard ray_cluster.yaml    (brings port 8265 here)
     evomerge submit study.yaml --address http://127.0.0.1:8265 --set directory=/shared/my-study
     evomerge logs study.yaml --follow
-    evomerge stop study.yaml                                   (submit continues)
+    evomerge stop study.yaml                            (says how to continue)
 
     The study's driver runs on the cluster's head, its workers where the GPUs are. While it is at
     work there, submitting again starts nothing; once it has ended, failed or was lost, submitting
@@ -61,19 +84,23 @@ def submit(
     RAY_API_SERVER_ADDRESS, RAY_AUTH_MODE=token with RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN.
     """
     from evomerge.config import load
-    from evomerge.jobs import connect
-    from evomerge.submission import Submitted, bare_address, pack
+    from evomerge.jobs import cluster_address, connect
+    from evomerge.submission import Submitted, bare_address, pack, submitted
 
     if follow and as_json:
         raise click.UsageError("--follow and --json exclude each other")
+    require_no_directory(file)
     with tempfile.TemporaryDirectory(prefix="evomerge-") as folder:
         package = pack(load(file, overrides), file, Path(folder))
         for note in package.notes:
             click.echo(f"note: {note}", err=True)
+        before = submitted(file)
+        address = cluster_address(address, before.address if before else None)
         jobs = connect(address)
         done = jobs.submit(package, grace)
     key = package.key
-    Submitted(key.name, key.directory, bare_address(address), done.job).save(file)
+    where = bare_address(address)
+    Submitted(key.name, key.directory, where, done.job, overrides).save(file)
     if as_json:
         print_json({"job": done.job, "attempt": done.attempt, "attached": done.attached})
     elif done.attached:
@@ -85,9 +112,10 @@ def submit(
         )
         click.echo(f"submitted as {done.job} ({size}){after}")
     if follow:
-        _follow(jobs, key, str(file))
+        _follow(jobs, _Target(key, address, file, overrides))
     elif not as_json:
-        click.echo(f"its log: evomerge logs {file} --follow; stop it: evomerge stop {file}")
+        name = shlex.quote(str(file))
+        click.echo(f"its log: evomerge logs {name} --follow; stop it: evomerge stop {name}")
 
 
 @click.command()
@@ -100,11 +128,14 @@ def logs(study: str, address: str | None, follow: bool) -> None:
     STUDY is the study file that was submitted, or its directory. With --follow, Ctrl-C ends the
     printing and leaves the job alone.
     """
-    key, jobs = _found(study, address)
+    from evomerge.jobs import connect
+
+    target = _target(study, address)
+    jobs = connect(target.address)
     if follow:
-        _follow(jobs, key, study)
+        _follow(jobs, target)
     else:
-        click.echo(jobs.logs(jobs.last(key)), nl=False)
+        click.echo(jobs.logs(jobs.last(target.key)), nl=False)
 
 
 @click.command()
@@ -117,15 +148,18 @@ def stop(study: str, address: str | None, no_wait: bool) -> None:
     The driver finishes the trials that are running, writes them down and leaves, within the
     seconds that it was submitted with (--grace). What takes longer is scored again next time.
     """
-    key, jobs = _found(study, address)
-    job = jobs.last(key)
+    from evomerge.jobs import connect
+
+    target = _target(study, address)
+    jobs = connect(target.address)
+    job = jobs.last(target.key)
     if job.over:
         click.echo(f"{job.id} is not running: {_ending(job)}")
         return
     click.echo(f"stopping {job.id}; running trials are finished first", err=True)
     job = jobs.stop(job, 0.0 if no_wait else None)
     if job.over:
-        click.echo(f"{job.id}: {_ending(job)}; to continue: evomerge submit {study}")
+        click.echo(f"{job.id}: {_ending(job)}; to continue: {target.again}")
     else:
         click.echo(f"{job.id} was asked to stop")
 
@@ -139,16 +173,17 @@ def job_facts(study: str, address: str | None) -> dict[str, Any] | None:
         InputError: the record of the job is damaged, or ``address`` is given for a study that
             cannot be on a cluster.
     """
-    from evomerge.jobs import connect
+    from evomerge.jobs import connect, failure_hint
     from evomerge.submission import submitted
 
     path = Path(study)
     if address is None and (not path.is_file() or submitted(path) is None):
         return None
-    key, address = _key(study, address)
+    target = _target(study, address)
+    key = target.key
     facts: dict[str, Any] = {"directory": key.directory}
     try:
-        jobs = connect(address)
+        jobs = connect(target.address)
         attempts = jobs.attempts(key)
     except SetupError as error:
         return facts | {"problem": str(error)}
@@ -161,9 +196,12 @@ def job_facts(study: str, address: str | None) -> dict[str, Any] | None:
             facts[name] = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
     if job.exit_code is not None:
         facts["exit_code"] = job.exit_code
-    lines = [line for line in jobs.logs(job).splitlines() if line.strip()]
+    log = jobs.logs(job)
+    lines = [line for line in log.splitlines() if line.strip()]
     if lines:
         facts["last_line"] = lines[-1].strip()
+    if hint := failure_hint(job, log):
+        facts["hint"] = hint
     return facts
 
 
@@ -175,21 +213,41 @@ def job_line(facts: dict[str, Any]) -> str:
     ended = f" at {facts['ended']}" if "ended" in facts else ""
     code = f", exit code {facts['exit_code']}" if facts.get("exit_code") else ""
     last = f"; last line: {facts['last_line']}" if "last_line" in facts else ""
-    return f"{facts['id']}: {facts['status']}{begun}{ended}{code}{last}"
+    hint = f" ({facts['hint']})" if "hint" in facts else ""
+    return f"{facts['id']}: {facts['status']}{begun}{ended}{code}{last}{hint}"
 
 
-def _found(study: str, address: str | None) -> tuple[StudyKey, Jobs]:
-    """Return the key of a submitted study and the jobs of its cluster."""
-    from evomerge.jobs import connect
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A study on a cluster.
 
-    key, address = _key(study, address)
-    return key, connect(address)
+    Attributes:
+        key: of the study.
+        address: of the cluster.
+        file: the study file.
+        overrides: with which it was submitted.
+    """
+
+    key: StudyKey
+    address: str
+    file: Path
+    overrides: tuple[str, ...]
+
+    @property
+    def again(self) -> str:
+        """The command that continues it, complete."""
+        from evomerge.submission import bare_address
+
+        words = ["evomerge", "submit", str(self.file), "--address", str(bare_address(self.address))]
+        for override in self.overrides:
+            words += ["--set", override]
+        return shlex.join(words)
 
 
-def _key(study: str, address: str | None) -> tuple[StudyKey, str | None]:
-    """Return the key of a submitted study and where its cluster is said to be."""
+def _target(study: str, address: str | None) -> _Target:
+    """Return which study is meant, and on which cluster it is said to be."""
     from evomerge.config import load
-    from evomerge.jobs import VARIABLES
+    from evomerge.jobs import cluster_address
     from evomerge.presentation import STUDY_FILE
     from evomerge.submission import study_key, submitted
 
@@ -199,26 +257,30 @@ def _key(study: str, address: str | None) -> tuple[StudyKey, str | None]:
     if not path.is_file():
         raise InputError(f"{study}: neither a study file nor a study directory")
     record = submitted(path)
-    if record is not None:
-        if address is None and not any(os.environ.get(name) for name in VARIABLES):
-            address = record.address
-        return record.key, address
-    return study_key(load(path)), address
+    if record is None:
+        return _Target(study_key(load(path)), cluster_address(address), path, ())
+    where = cluster_address(address, record.address)
+    return _Target(record.key, where, path, record.overrides)
 
 
-def _follow(jobs: Jobs, key: StudyKey, study: str) -> None:
+def _follow(jobs: Jobs, target: _Target) -> None:
     """Print a driver's log until it ends, then end as it did."""
+    from evomerge.jobs import failure_hint
+
     try:
-        job = jobs.follow(key, lambda text: click.echo(text, nl=False))
+        job = jobs.follow(target.key, lambda text: click.echo(text, nl=False))
     except KeyboardInterrupt:
-        click.echo(f"\nthe job goes on; to stop it: evomerge stop {study}", err=True)
+        name = shlex.quote(str(target.file))
+        click.echo(f"\nthe job goes on; to stop it: evomerge stop {name}", err=True)
         raise click.exceptions.Exit(130) from None
     click.echo(f"{job.id}: {_ending(job)}", err=True)
     if job.lost:
-        raise SetupError(f"{job.id} was lost; to continue: evomerge submit {study}")
+        raise SetupError(f"{job.id} was lost; to continue: {target.again}")
     if job.status == "STOPPED":
-        click.echo(f"to continue: evomerge submit {study}", err=True)
+        click.echo(f"to continue: {target.again}", err=True)
         raise click.exceptions.Exit(143)
+    if job.status == "FAILED" and (hint := failure_hint(job, jobs.logs(job))):
+        click.echo(hint, err=True)
     raise click.exceptions.Exit(job.exit_code or 0)
 
 

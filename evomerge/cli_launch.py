@@ -15,6 +15,7 @@ from evomerge.cli_arguments import (
     print_json,
     show,
 )
+from evomerge.cli_cluster import require_no_directory
 from evomerge.errors import InputError
 
 
@@ -105,6 +106,7 @@ def check(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """
     from evomerge.facts import plan_facts, plan_lines
 
+    require_no_directory(file)
     if sys.stderr.isatty():
         click.echo("reading models and loading tasks ...", err=True)
     prepared = prepared_study(file, overrides)
@@ -128,6 +130,7 @@ def run(file: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) ->
     from evomerge.facts import front_facts, plan_facts, plan_lines
     from evomerge.terminal import make_console, print_finished, run_with_progress
 
+    require_no_directory(file)
     prepared = prepared_study(file, overrides)
     if dry_run:
         show(plan_facts(prepared) if as_json else plan_lines(prepared), as_json)
@@ -157,6 +160,7 @@ def bench(file: Path, seconds: float, overrides: tuple[str, ...], as_json: bool)
     """
     from evomerge.bench import measure
 
+    require_no_directory(file)
     found = measure(prepared_study(file, overrides), seconds)
     show(found.to_dict() if as_json else found.lines(), as_json)
 

@@ -25,6 +25,8 @@ def compared(contract: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
+_BUDGETS = ("budget", "item_budget")
+
 #: What the study file calls a part of the contract, and what else decides it.
 _KEYS = {
     "budget": "search.trials",
@@ -59,13 +61,33 @@ _KEYS = {
 def differences(old: Any, new: Any) -> list[str]:
     """Return one line per leaf that differs, in the words of the study file.
 
-    Numbers and short texts come first; of lists and digests it only says that they differ.
+    Numbers and short texts come first; of lists and digests it only says that they differ. What
+    begins with another budget is told how to keep the one that the study was begun with.
     """
+    # Of a search that only items end, the number of trials is a consequence.
+    ends = ["item_budget"] if "open_ended" in (*_given(old), *_given(new)) else list(_BUDGETS)
     changes = _changes(old, new, "")
     changes.sort(
         key=lambda one: (not all(map(_plain, one[1:])), one[0].startswith("identity.versions"))
     )
-    return [f"  {_key(path)}: {_change(before, now)}" for path, before, now in changes]
+    return [
+        f"  {_key(path)}: {_change(before, now)}{_kept(path, before) if path in ends else ''}"
+        for path, before, now in changes
+    ]
+
+
+def _given(contract: Any) -> list[str]:
+    """Return the keys of a contract that have a value."""
+    if not isinstance(contract, dict):
+        return []
+    return [key for key, value in contract.items() if value is not None]
+
+
+def _kept(path: str, before: Any) -> str:
+    return (
+        f" (keep {json.dumps(before)}, e.g. --set {_KEYS[path]}={json.dumps(before)}; `evomerge "
+        "extend` adds to it)"
+    )
 
 
 def _changes(old: Any, new: Any, path: str) -> list[tuple[str, Any, Any]]:

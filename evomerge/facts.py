@@ -10,10 +10,11 @@ from evomerge.economy import economy_facts, economy_lines
 from evomerge.export import Exported
 from evomerge.feasibility import bounds
 from evomerge.gain import front_rows, gains, trial_name
+from evomerge.journal import read
 from evomerge.prepare import Prepared
 from evomerge.savings import savings_facts, savings_lines
 from evomerge.space import Choices, Space
-from evomerge.study_view import StudyView
+from evomerge.study_view import StudyState, StudyView
 from evomerge.trial import Evaluation, Objective, Trial
 
 
@@ -78,6 +79,8 @@ def plan_lines(prepared: Prepared) -> dict[str, Any]:
     ]
     layout = prepared.models.layout
     pool = file.pool
+    count = 1 if pool.kind == "serial" else min(pool.workers, prepared.parallel)
+    at_once = "one" if count == 1 else str(count)
     workers = (
         "1, in this process"
         if pool.kind == "serial"
@@ -98,8 +101,8 @@ def plan_lines(prepared: Prepared) -> dict[str, Any]:
         ),
         "search": (
             f"{file.search.searcher}: {prepared.trials} trials after "
-            f"{len(prepared.baselines)} baselines, {prepared.parallel} at a time, "
-            f"seed {file.seed}"
+            f"{len(prepared.baselines)} baselines, {at_once} at a time, "
+            f"{prepared.parallel} outstanding, seed {file.seed}"
             + (", told in order of completion" if file.search.order == "completion" else "")
             + (", on the weighted mean of the objectives" if prepared.scalarise else "")
             + "".join(f", {line}" for line in economy_lines(file))
@@ -138,6 +141,7 @@ def status_facts(view: StudyView) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "study": str(view.directory),
         "state": view.state.value,
+        **({"reason": reason} if (reason := _interruption(view)) else {}),
         "trials": counts.done,
         "failed": counts.failed,
         "waiting": counts.waiting,
@@ -160,6 +164,15 @@ def status_facts(view: StudyView) -> dict[str, Any]:
     return facts
 
 
+def _interruption(view: StudyView) -> str:
+    """Return why nobody works on an unfinished study; empty where its message says it."""
+    if view.state is not StudyState.INTERRUPTED:
+        return ""
+    if read(view.directory).records[-1]["ev"] == "extend":
+        return "extended, to be continued"
+    return "" if view.message else "its process ended without a word"
+
+
 def _best_facts(view: StudyView, column: int) -> dict[str, Any]:
     best = view.best(view.objectives[column].name)
     evaluation = (
@@ -171,9 +184,20 @@ def _best_facts(view: StudyView, column: int) -> dict[str, Any]:
 
 def status_lines(facts: dict[str, Any]) -> dict[str, Any]:
     """Return the facts of ``status_facts`` for people."""
-    nested = {"best", "searcher", "items", "stopped_early", "violation"}
+    nested = {"best", "searcher", "items", "stopped_early", "violation", "reason"}
     nested |= {"estimator", "estimator_choice", "message"}
     lines = {key: value for key, value in facts.items() if key not in nested}
+    if "reason" in facts:
+        paused = facts["reason"].startswith("extended")
+        lines["state"] = f"{'paused' if paused else facts['state']} ({facts['reason']})"
+    labels = {
+        "trials": "with scores, baselines included",
+        "failed": "without scores",
+        "waiting": "asked for, without a result yet",
+        "planned": "in all, baselines included",
+    }
+    for key, label in labels.items():
+        lines[key] = f"{facts[key]} ({label})"
     if "message" in facts:
         lines["message"] = facts["message"].splitlines()
     if "estimator_choice" in facts:

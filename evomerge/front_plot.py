@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from evomerge.front_page import FrontData, FrontPoint
+from evomerge.front_page import FrontData, FrontPoint, Measured
 from evomerge.front_table import point_name
 from evomerge.trial import Direction
 
@@ -17,6 +17,37 @@ _STYLE: dict[str, tuple[str, str, float]] = {
     "grid": ("o", "#7c3aed", 16),
 }
 _FRONT = "#c2410c"
+
+
+def placed(point: FrontPoint) -> Measured | None:
+    """Return the scores that place a point of a picture.
+
+    What stands in the table beside it is placed as there: by test items where it was scored on
+    them. The other trials, of which only some have more, are all placed by the search items.
+    """
+    return (point.test or point.shown) if _in_table(point) else (point.search or point.shown)
+
+
+def _in_table(point: FrontPoint) -> bool:
+    return point.front or point.kind not in ("search", "grid")
+
+
+def split_note(data: FrontData) -> str:
+    """Return by which items the points of a picture are placed."""
+    named, others = set[str](), set[str]()
+    for point in data.points:
+        measured = placed(point)
+        if measured is None:
+            continue
+        splits = {"search": point.search, "validation": point.validation, "test": point.test}
+        split = next(name for name, scores in splits.items() if scores is measured)
+        (named if _in_table(point) else others).add(split)
+    if named == others:
+        return f"scores on {' or '.join(sorted(named))} items"
+    parts = {"front and baselines": named, "other trials": others}
+    return "; ".join(
+        f"{who} by {' or '.join(sorted(splits))} items" for who, splits in parts.items() if splits
+    )
 
 
 def save_front(data: FrontData, path: Path) -> None:
@@ -49,12 +80,12 @@ def _figure(data: FrontData) -> Any:
     # Dots first: they settle the limits by which labels choose their side. All in one call: there
     # may be thousands.
     dots = [point for point in data.points if point.kind == "search" and not point.front]
-    places = [_place(point, single) for point in dots if point.shown is not None]
+    places = [_place(point, single) for point in dots if placed(point) is not None]
     if places:
         xs, ys = zip(*places, strict=True)
         axes.scatter(xs, ys, s=9, c="#8c959f", alpha=0.6, linewidths=0, zorder=1)
     for point in data.points:
-        if point.shown is not None and (point.kind != "search" or point.front):
+        if placed(point) is not None and (point.kind != "search" or point.front):
             _draw(axes, data, point)
     axes.set_xlabel("trial" if single else _axis(data, 0))
     axes.set_ylabel(_axis(data, 0 if single else 1))
@@ -64,13 +95,15 @@ def _figure(data: FrontData) -> Any:
         axes.invert_yaxis()
     axes.grid(alpha=0.25)
     axes.set_title(data.title)
+    figure.supxlabel(split_note(data), fontsize=8, color="#57606a")
     return figure
 
 
 def _place(point: FrontPoint, single: bool) -> tuple[float, float]:
     """Return where a point is drawn: by two objectives, or by trial and objective."""
-    assert point.shown is not None
-    values = point.shown.values
+    measured = placed(point)
+    assert measured is not None
+    values = measured.values
     return (float(point.number), values[0]) if single else (values[0], values[1])
 
 
@@ -81,7 +114,7 @@ def _axis(data: FrontData, index: int) -> str:
 
 
 def _draw(axes: Any, data: FrontData, point: FrontPoint) -> None:
-    measured = point.shown
+    measured = placed(point)
     assert measured is not None
     single = len(data.objectives) == 1
     x, y = _place(point, single)

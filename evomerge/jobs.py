@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shlex
 import socket
 import time
@@ -29,8 +30,11 @@ _POLL_SECONDS = 1.0
 #: Ray ends a job so many seconds after it asked it to stop, when it has not ended itself.
 GRACE_SECONDS = 600
 
-#: Where Ray looks for a cluster, the first that is set wins.
+#: Name a cluster, the first that is set wins.
 VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+#: Where `ray dashboard` brings a cluster's port to.
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+_NOT_INSTALLED = re.compile(r"No module named '?evomerge\b")
 #: They report each step at level INFO, on the user's terminal.
 _TALKATIVE = (
     "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk",
@@ -291,19 +295,51 @@ def _request(package: Package, name: str, grace: int) -> dict[str, Any]:
     }
 
 
-def connect(address: str | None) -> Jobs:
+def failure_hint(job: Job, log: str) -> str:
+    """Return what the end of a failed driver's log asks for, empty where nothing is known."""
+    end = "\n".join(log.splitlines()[-20:])
+    if job.status != "FAILED" or not _NOT_INSTALLED.search(end):
+        return ""
+    return (
+        "evomerge must be installed on every machine of the cluster, for the Python that Ray runs "
+        "there (see setup_commands in ray_cluster.yaml)"
+    )
+
+
+def cluster_address(given: str | None, recorded: str | None = None) -> str:
+    """Return which cluster is meant: never one that merely happens to run here.
+
+    Args:
+        given: on the command line.
+        recorded: where the study was submitted to.
+
+    Returns:
+        the first there is of ``given``, RAY_API_SERVER_ADDRESS, RAY_ADDRESS, ``recorded``,
+        ``DEFAULT_ADDRESS``; Ray's word ``auto`` in a variable names no cluster.
+
+    Raises:
+        InputError: ``given`` is ``auto``.
+    """
+    if given == "auto":
+        raise InputError(
+            "--address: expected the address of one cluster, got 'auto', with which Ray would "
+            f"take any that runs here (say which one, such as {DEFAULT_ADDRESS})"
+        )
+    named = (given, *(os.environ.get(name) for name in VARIABLES), recorded)
+    return next((one for one in named if one and one != "auto"), DEFAULT_ADDRESS)
+
+
+def connect(address: str) -> Jobs:
     """Return the jobs of a cluster.
 
     Args:
         address: of its dashboard (``http://...``), of its head (``host:6379``) or of its client
-            port (``ray://...``); None for RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or a cluster that
-            runs on this machine.
+            port (``ray://...``); see ``cluster_address``.
 
     Raises:
         SetupError: nothing answers there, or not to us.
         InputError: RAY_JOB_HEADERS is not valid.
     """
-    address = address or next((os.environ[n] for n in VARIABLES if os.environ.get(n)), None)
     _require_answer(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
     try:
@@ -312,14 +348,12 @@ def connect(address: str | None) -> Jobs:
         raise SetupError(f"ray cannot be imported: {error} (pip install 'ray[default]')") from error
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
-    with _errors(address), _only_address(address):
+    with _errors(address), _only_address():
         return Jobs(JobSubmissionClient(address, headers=_headers()))
 
 
-def _require_answer(address: str | None) -> None:
+def _require_answer(address: str) -> None:
     """Knock at the port before Ray does, which would wait for minutes."""
-    if not address or address == "auto":
-        return
     scheme, _, rest = address.rpartition("://")
     if scheme not in ("", "http", "https", "ray"):
         return  # another launcher's own address, which a plug-in of Ray resolves
@@ -339,11 +373,8 @@ def _require_answer(address: str | None) -> None:
 
 
 @contextlib.contextmanager
-def _only_address(address: str | None) -> Iterator[None]:
-    """Make Ray take this address; by itself it would let its variables win over the argument."""
-    if address is None:
-        yield
-        return
+def _only_address() -> Iterator[None]:
+    """Make Ray take the address it is given; by itself it would let its variables win."""
     before = {name: os.environ.pop(name, None) for name in VARIABLES}
     try:
         yield

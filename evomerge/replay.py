@@ -49,6 +49,7 @@ class Verified:
         results: on any split.
         compared: asks that a fresh searcher repeated bit for bit; None where it was not asked to.
         finished: the study has its front.
+        damaged: records are unreadable or contradict each other; ``repair`` cuts them off.
         problems: one line each; empty where all is right.
     """
 
@@ -60,6 +61,7 @@ class Verified:
     results: int
     compared: int | None
     finished: bool
+    damaged: bool
     problems: tuple[str, ...]
 
 
@@ -88,11 +90,14 @@ def verify(directory: Path, study: Study | None) -> Verified:
         study: as it is run; None to leave the searcher out.
 
     Raises:
+        InputError: the records are right, and ``study`` has other settings than they were made
+            with; names each difference.
         StorageError: there is no journal, or it cannot be read.
     """
     found, damage = _scan(directory / JOURNAL)
     problems = [one.text for one in record_problems(found.records)]
     problems += [damage] if damage else []
+    damaged = bool(problems)
     compared = None
     history = History()
     if not problems:
@@ -110,6 +115,7 @@ def verify(directory: Path, study: Study | None) -> Verified:
         results=sum(event in ("tell", "score", "part") for event in events),
         compared=compared,
         finished=history.done is not None,
+        damaged=damaged,
         problems=tuple(problems),
     )
 
@@ -250,7 +256,10 @@ def _replay(study: Study, records: Sequence[Record]) -> tuple[int, str]:
     try:
         study.require_same(history)
     except InputError as error:
-        return 0, str(error)
+        raise InputError(
+            f"different settings: the {len(records)} records of the journal are right, but its "
+            f"searcher cannot be asked again with these\n{error}"
+        ) from error
     asked, done = len(history.trials), history.done
     history.done = None
     quiet = copy.copy(study)

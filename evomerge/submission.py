@@ -87,7 +87,8 @@ def study_key(file: StudyFile) -> StudyKey:
     """
     if not file.directory or not Path(file.directory).is_absolute():
         raise InputError(
-            f"directory: a submitted study needs an absolute one, got {file.directory!r}: a folder "
+            f"directory: a submitted study needs an absolute one, got "
+            f"{file.directory or 'none'}: a folder "
             "on a volume that outlives the cluster and that its head sees, such as "
             f"/shared/studies/{file.name} (in the study file, or --set directory=...)"
         )
@@ -336,14 +337,16 @@ class Submitted:
 
     Attributes:
         name, directory: of the study's key.
-        address: of the cluster, as it was given; None for the usual variables of Ray.
+        address: of the cluster; None in records of before it was always known.
         job: submission id of the last attempt.
+        overrides: of settings, ``dotted.key=value``, with which it was submitted.
     """
 
     name: str
     directory: str
     address: str | None
     job: str
+    overrides: tuple[str, ...] = ()
 
     @property
     def key(self) -> StudyKey:
@@ -376,10 +379,14 @@ def submitted(study: Path) -> Submitted | None:
     """
     path = _record_path(study)
     try:
-        return Submitted(**json.loads(path.read_text(encoding="utf-8")))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        overrides = data.pop("overrides", [])
+        if not isinstance(overrides, list) or not all(isinstance(one, str) for one in overrides):
+            raise TypeError("overrides: expected a list of text")
+        return Submitted(**data, overrides=tuple(overrides))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: not a record of a submitted study (remove it, and submit again)"
         ) from error

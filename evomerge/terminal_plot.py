@@ -9,6 +9,7 @@ from rich.text import Text
 
 from evomerge.errors import InputError, suggest
 from evomerge.front_page import FrontData, FrontPoint, Measured
+from evomerge.front_plot import placed, split_note
 from evomerge.front_table import point_name
 from evomerge.trial import Direction
 
@@ -95,7 +96,7 @@ def front_text(data: FrontData, width: int, picked: int | None = None, plain: bo
         picked: number of a trial to mark.
         plain: use ASCII only.
     """
-    shown = [point for point in data.points if point.shown is not None]
+    shown = [point for point in data.points if placed(point) is not None]
     single = len(data.objectives) == 1
     columns = max(width, 40) - _TICK - 3
     places = [_place(point, single) for point in shown]
@@ -126,8 +127,9 @@ def _less(data: FrontData, column: int) -> bool:
 
 
 def _place(point: FrontPoint, single: bool) -> tuple[float, float]:
-    assert point.shown is not None
-    values = point.shown.values
+    measured = placed(point)
+    assert measured is not None
+    values = measured.values
     return (float(point.number), values[0]) if single else (values[0], values[1])
 
 
@@ -188,7 +190,8 @@ def _framed(
     text.append(f"{' ' * (_TICK + 2)}{line}\n", "dim")
     title = f"{'trial' if single else _title(data, 0)} {arrows[1]}"
     text.append(f"{' ' * (_TICK + 2)}{title:>{x.cells}}\n", "bold")
-    return text.append(legend)
+    text.append(legend)
+    return text.append(f"\n{' ' * (_TICK + 2)}{split_note(data)}", "dim")
 
 
 def _title(data: FrontData, column: int) -> str:

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import searcher_marks
 
+# Its asserts explain themselves only if nobody imports it first.
+pytest.register_assert_rewrite("evomerge.testing_pool")
+
 # One thread everywhere: the machines that run the tests have two cores, and results must not
 # depend on how many there are.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -50,7 +50,10 @@ def test_every_verb_teaches(
     ("arguments", "message"),
     [
         (["chek"], "no such command 'chek' (did you mean 'check'?)"),
-        (["check"], "Missing argument 'FILE'"),
+        (["check"], "error: Missing argument 'FILE'"),
+        (["check"], "Usage: evomerge check [OPTIONS] FILE"),
+        (["export", "x"], "error: Missing option '--out'"),
+        (["run", "."], ".: a directory, not a study file (give the study file"),
         (["run", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file or directory"),
         (["front", "nowhere"], "nowhere: neither a study file nor a study directory"),
         (
@@ -138,6 +141,18 @@ def test_the_resolved_file_was_not_usable_as_study(tmp_path: Path) -> None:
         assert directory_of(str(path)).resolve() == directory.resolve()
 
 
+@pytest.mark.parametrize("verb", ["check", "run", "bench", "submit"])
+def test_a_directory_is_no_study_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
+) -> None:
+    (tmp_path / "study.yaml").touch()
+    code, _, err = call(capsys, monkeypatch, verb, str(tmp_path))
+    assert (code, f"give {tmp_path / 'study.yaml'})" in err) == (2, True)
+    (tmp_path / STUDY_FILE).touch()
+    code, _, err = call(capsys, monkeypatch, verb, str(tmp_path))
+    assert (code, f"give the study file; {tmp_path / STUDY_FILE} holds" in err) == (2, True)
+
+
 def test_schema_is_json(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,3 +166,8 @@ def test_the_module_runs() -> None:
         capture_output=True, text=True, cwd=ROOT, check=True,
     )  # fmt: skip
     assert done.stdout.startswith("evomerge, version ")
+    wrong = subprocess.run(
+        [sys.executable, "-m", "evomerge", "export"], capture_output=True, text=True, cwd=ROOT,
+        check=False,
+    )  # fmt: skip
+    assert wrong.stderr.startswith("Usage: evomerge export [OPTIONS]")

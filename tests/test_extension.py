@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from study_journals import cut, essence_of, events_of
+from tiny_project import tiny_project
 from toy_study import make, rounded, toy_study
 
 from evomerge.cli import cli
 from evomerge.errors import InputError, LockedError
 from evomerge.extension import extend
+from evomerge.facts import status_facts, status_lines
 from evomerge.journal import JOURNAL, Journal, read
 from evomerge.replay import verify
 from evomerge.search.protocol import Candidate, SearchProblem, Told
@@ -174,8 +178,72 @@ def test_every_searcher_of_ours_goes_on_behind_its_budget(name: str) -> None:
 
 def test_the_command_says_what_is_next(tmp_path: Path) -> None:
     toy_study(tmp_path / "s", budget=4).run()
+    assert "reason" not in status_facts(StudyView.load(tmp_path / "s"))
     result = CliRunner().invoke(cli, ["extend", str(tmp_path / "s"), "--trials", "6"])
     assert result.exit_code == 0, result.output
     assert result.output.splitlines() == [
-        "search.trials: 4 -> 10", f"next: evomerge run {tmp_path / 's'}",
-    ]  # fmt: skip
+        "search.trials: 4 -> 10",
+        "next: evomerge run STUDY.yaml (the study file, with the settings that the study began "
+        "with)",
+    ]
+    facts = status_facts(StudyView.load(tmp_path / "s"))
+    assert facts["state"] == "interrupted"
+    lines = status_lines(facts)
+    assert lines["state"] == "paused (extended, to be continued)"
+    assert lines["planned"] == "13 (in all, baselines included)"
+    assert lines["waiting"] == "0 (asked for, without a result yet)"
+
+
+def test_a_study_whose_process_was_killed_says_so(tmp_path: Path) -> None:
+    toy_study(tmp_path / "s", budget=4).run()
+    cut(tmp_path / "s", 9)
+    facts = status_facts(StudyView.load(tmp_path / "s"))
+    assert facts["reason"] == "its process ended without a word"
+    assert status_lines(facts)["state"] == "interrupted (its process ended without a word)"
+
+
+def test_what_was_begun_with_other_settings_is_replayed_extended_and_continued(
+    tmp_path: Path, save_llama: Callable[..., Path]
+) -> None:
+    """The file says 6 trials; the commands that are printed are the ones that work."""
+    file = tiny_project(tmp_path, save_llama) / "study.yaml"
+    directory = tmp_path / "studies" / "tiny"
+    runner = CliRunner()
+
+    def call(*words: str) -> Result:
+        return runner.invoke(cli, list(words))
+
+    begun = ("--set", "search.trials=4", "--set", "fitness.items.search=5")
+    assert call("run", str(file), *begun).exit_code == 0
+
+    for name in (file, tmp_path, directory):
+        sound = call("replay", str(name))
+        assert sound.exit_code == 0, sound.output
+        assert f"those that the study was run with ({directory}" in sound.output
+        assert "verdict      sound" in sound.output
+    assert call("replay", str(file), *begun).exit_code == 0
+    other = call("replay", str(file), "--set", "search.trials=6")
+    assert isinstance(other.exception, InputError)
+    text = str(other.exception)
+    assert text.startswith("different settings: ")
+    assert "search.trials: 4 -> 6 (keep 4, e.g. --set search.trials=4; `evomerge extend`" in text
+    assert "--repair" not in text
+    assert "verdict" not in other.output
+    assert "evomerge extend" in str(call("run", str(file)).exception)
+
+    for name in (file, tmp_path, directory):
+        extended = call("extend", str(name), "--trials", "1")
+        assert extended.exit_code == 0, extended.output
+        next_line = extended.output.splitlines()[-1]
+        expected = f"evomerge run {file} " + " ".join(reversed_pairs(begun))
+        assert next_line == f"next: {expected}"
+        continued = call(*shlex.split(next_line)[2:])
+        assert continued.exit_code == 0, continued.output
+        assert StudyView.load(directory).state is StudyState.FINISHED
+    assert StudyView.load(directory).counts.budget == 7
+    assert call("replay", str(file)).exit_code == 0
+
+
+def reversed_pairs(words: tuple[str, ...]) -> list[str]:
+    """Return the overrides in the order of the sections of a study file."""
+    return [*words[2:], *words[:2]]

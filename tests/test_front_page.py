@@ -178,6 +178,8 @@ class TestPicture:
         assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / "front.png").stat().st_size > 15_000
         assert "expert one" in comments(tmp_path / "front.svg")
+        note = "front and baselines by test items; other trials by search items"
+        assert note in comments(tmp_path / "front.svg")
 
 
 def test_importing_the_picture_module_loads_nothing_heavy() -> None:

@@ -177,18 +177,35 @@ def test_no_cluster_there(form: str, closed_port: int, monkeypatch: pytest.Monke
     for name in jobs.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(SetupError) as caught:
-        jobs.connect(form.format(closed_port))
+        jobs.connect(jobs.cluster_address(form.format(closed_port)))
     text = str(caught.value)
     assert f"127.0.0.1:{closed_port} within 10 s: Connection refused (start the cluster" in text
     assert "secret" not in text
     monkeypatch.setenv("RAY_ADDRESS", form.format(closed_port))
     with pytest.raises(SetupError, match=str(closed_port)):
-        jobs.connect(None)
+        jobs.connect(jobs.cluster_address(None, "http://127.0.0.1:1"))
+
+
+def test_which_cluster_is_meant_is_never_left_to_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in jobs.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert jobs.cluster_address(None) == "http://127.0.0.1:8265"
+    assert jobs.cluster_address(None, "http://r:1") == "http://r:1"
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert jobs.cluster_address(None, "http://r:1") == "http://r:1"
+    assert jobs.cluster_address(None, "auto") == "http://127.0.0.1:8265"
+    monkeypatch.setenv("RAY_ADDRESS", "http://v:1")
+    assert jobs.cluster_address(None, "http://r:1") == "http://v:1"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://w:1")
+    assert jobs.cluster_address(None, "http://r:1") == "http://w:1"
+    assert jobs.cluster_address("http://g:1", "http://r:1") == "http://g:1"
+    with pytest.raises(InputError, match="--address: expected the address of one cluster"):
+        jobs.cluster_address("auto")
 
 
 def test_the_given_address_wins_over_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "a:1")
-    with jobs._only_address("http://b:2"):
+    with jobs._only_address():
         assert "RAY_ADDRESS" not in os.environ
     assert os.environ["RAY_ADDRESS"] == "a:1"
 
@@ -199,7 +216,15 @@ class TestCommands:
     @pytest.fixture(autouse=True)
     def here(self, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(jobs, "connect", lambda address: Jobs(cluster))
+        for name in jobs.VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        self.asked: list[str] = []
+
+        def connect(address: str) -> Jobs:
+            self.asked.append(address)
+            return Jobs(cluster)
+
+        monkeypatch.setattr(jobs, "connect", connect)
         text = "directory: /nowhere/tiny\nmodels: {base: org/b, experts: {a: org/a}}\n"
         Path("study.yaml").write_text("name: tiny\nfitness: {tasks: [t]}\n" + text)
 
@@ -227,6 +252,40 @@ class TestCommands:
         assert (code, "is not running: stopped" in out) == (0, True)
         code, out, _ = self.call(capsys, monkeypatch, "submit", "study.yaml", "--json")
         assert json.loads(out)["attempt"] == 2
+
+    def test_the_address_is_kept_and_the_command_to_continue_is_complete(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.call(capsys, monkeypatch, "submit", "study.yaml", "--address", "http://me:pw@h:1")
+        for words in (
+            ("submit", "study.yaml", "--set", "directory=/x"), ("status", "study.yaml"),
+            ("logs", "study.yaml"),
+        ):  # fmt: skip
+            code, _, err = self.call(capsys, monkeypatch, *words)
+            assert (code, err) == (0, ""), words
+        record = json.loads(Path("study.job.json").read_text())
+        assert (record["address"], record["directory"]) == ("http://h:1", "/x")
+        code, out, _ = self.call(capsys, monkeypatch, "stop", "study.yaml")
+        assert self.asked == ["http://me:pw@h:1", *["http://h:1"] * 4]
+        command = out.partition("to continue: ")[2].split()
+        assert command[2:] == ["study.yaml", "--address", "http://h:1", "--set", "directory=/x"]
+        code, out, err = self.call(capsys, monkeypatch, *command[1:])
+        assert (code, "continues after evomerge-tiny-" in out) == (0, True), err
+
+    def test_without_evomerge_on_the_cluster_it_says_so(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, cluster: Cluster
+    ) -> None:
+        self.call(capsys, monkeypatch, "submit", "study.yaml")
+        cluster.log = "Running entrypoint\n/opt/bin/python: No module named evomerge\n"
+        needed = "evomerge must be installed on every machine of the cluster"
+        assert needed not in self.call(capsys, monkeypatch, "status", "study.yaml")[1]
+        cluster.end("FAILED", 1)
+        assert needed in self.call(capsys, monkeypatch, "status", "study.yaml")[1]
+        monkeypatch.setattr(cluster, "end", lambda *_: None)
+        code, _, err = self.call(capsys, monkeypatch, "logs", "study.yaml", "--follow")
+        assert (code, needed in err) == (1, True)
+        cluster.log = "No module named 'evomerge_extras'\n"
+        assert needed not in self.call(capsys, monkeypatch, "status", "study.yaml")[1]
 
     @pytest.mark.parametrize(
         ("status", "exit_code", "expected"),

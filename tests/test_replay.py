@@ -14,7 +14,7 @@ from study_journals import cut, essence_of, events_of
 from toy_study import ToySearcher, rounded, toy_study
 
 from evomerge.cli import cli
-from evomerge.errors import LockedError
+from evomerge.errors import InputError, LockedError
 from evomerge.journal import JOURNAL, Journal, encode, hexes, read, scan
 from evomerge.replay import repair, verify
 from evomerge.search.protocol import Candidate, SearchProblem
@@ -91,9 +91,10 @@ def test_a_searcher_that_asks_differently_is_seen(study: Path) -> None:
 
 
 def test_other_settings_are_seen(study: Path) -> None:
-    found = verify(study, toy_study(study, budget=9, decode=rounded))
-    assert "search.trials: 8 -> 9" in found.problems[0]
-    assert "evomerge extend" in found.problems[0]
+    with pytest.raises(InputError, match="different settings: the .* records") as caught:
+        verify(study, toy_study(study, budget=9, decode=rounded))
+    assert "search.trials: 8 -> 9" in str(caught.value)
+    assert "evomerge extend" in str(caught.value)
 
 
 def _leave(record: dict[str, Any]) -> None:

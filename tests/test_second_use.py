@@ -98,6 +98,11 @@ def test_a_serial_pool_took_the_workers_that_it_does_not_have(project: Path) -> 
     silent = prepared(project, "pool={kind: serial}")
     assert silent.parallel == 2, "the default of two workers is no wish"
     assert not any("pool.workers" in one for one in silent.warnings)
+    initial = prepared(project, "pool={kind: serial, workers: 2}")
+    assert not any("pool.workers" in one for one in initial.warnings), "init wrote the 2"
+    assert "one at a time, 2 outstanding" in plan_lines(initial)["search"]
+    on_ray = plan_lines(prepared(project, "pool={kind: ray, workers: 8}"))
+    assert "8 at a time, 16 outstanding" in on_ray["search"]
     assert prepared(project, "pool={kind: ray, workers: 8}").parallel == 16
     assert prepared(project, "pool={kind: serial}", "search.parallel=5").parallel == 5
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,7 @@ def test_a_study_is_its_name_and_its_directory(project: Path) -> None:
     ("override", "message"),
     [
         ("directory=studies/tiny", "directory: a submitted study needs an absolute one, got"),
+        ("directory=null", "needs an absolute one, got none: a folder on"),
         ("directory=null", "such as /shared/studies/tiny"),
         ("pool.kind=serial", "pool.kind: serial would score on the cluster's head"),
         ("fitness.include_path=../tasks", "fitness.include_path: no such directory"),
@@ -169,9 +172,16 @@ def test_the_record_comes_back(project: Path) -> None:
     record = Submitted("tiny", "/shared/studies/tiny", "http://h:1", "evomerge-tiny-0-1")
     record.save(study)
     assert submitted(study) == record
-    (project / "study.job.json").write_text("[]")
-    with pytest.raises(InputError, match="not a record of a submitted study"):
-        submitted(study)
+    record = replace(record, overrides=("directory=/x", "seed=1"))
+    record.save(study)
+    assert submitted(study) == record
+    before = {"name": "tiny", "directory": "/x", "address": None, "job": "evomerge-tiny-0-1"}
+    (project / "study.job.json").write_text(json.dumps(before))
+    assert submitted(study) == Submitted(**before)  # type: ignore[arg-type]
+    for damaged in ("[]", json.dumps(before | {"overrides": "a=b"}), "{}"):
+        (project / "study.job.json").write_text(damaged)
+        with pytest.raises(InputError, match="not a record of a submitted study"):
+            submitted(study)
 
 
 def test_the_address_is_kept_without_its_password() -> None:

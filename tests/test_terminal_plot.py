@@ -91,6 +91,25 @@ def test_one_point_alone_stands_in_the_middle() -> None:
     assert where(text, "■")[0] in (7, 8)
 
 
+def test_each_point_is_placed_by_the_items_that_the_note_names() -> None:
+    """As in the table: the front and baselines by test items; the cloud by search items."""
+    assert front_text(DATA, 72).plain.splitlines()[-1].strip() == "scores on search items"
+    held = Measured((0.9, 3.5), (0.0, 0.0))
+    tested = [
+        replace(one, validation=held, test=Measured((0.2, 0.5), (0.0, 0.0)))
+        if one.number == 2
+        else replace(one, validation=held)
+        if one.number == 4
+        else replace(one, test=one.search)
+        for one in DATA.points
+    ]
+    text = front_text(replace(DATA, points=tuple(tested)), 72).plain
+    assert where(text, "●")[1] == round(0.2 * 60)
+    assert where(text, "·")[1] == round(0.5 * 60)
+    note = text.splitlines()[-1].strip()
+    assert note == "front and baselines by test items; other trials by search items"
+
+
 def test_pairs_of_more_objectives_keep_the_front_of_all(view: StudyView) -> None:
     data = front_data(view)
     pair = narrowed(data, ["nll", "reverse"])

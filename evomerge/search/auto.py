@@ -98,7 +98,7 @@ def explain(problem: SearchProblem) -> str:
     several = "s" * (problem.objectives != 1)
     size = (
         f"{problem.dimension} coefficient{'s' * (problem.dimension != 1)}, {problem.budget} "
-        f"trials, {problem.objectives} objective{several}, {problem.parallel} at a time{noise}"
+        f"trials, {problem.objectives} objective{several}, {problem.parallel} outstanding{noise}"
     )
     return f"{rule.searcher} ({size}: {rule.because})"
 

@@ -23,7 +23,7 @@ def _marked(name: str) -> Any:
     return pytest.param(name, marks=() if name in _DEFAULT_ROWS else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", map(_marked, cases(_DEFAULT)))
+@pytest.mark.parametrize("name", [_marked(case) for case in cases(_DEFAULT)])
 def test_nothing_is_lost(name: str, tmp_path: Path) -> None:
     row = cases(_DEFAULT)[name](tmp_path)
     assert row.holds, row

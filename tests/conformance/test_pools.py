@@ -10,21 +10,19 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("evomerge.testing_pool")
-
-from evomerge import ray_pool  # noqa: E402 - after the assert rewrite
-from evomerge.errors import SetupError  # noqa: E402
-from evomerge.patience import LEAST  # noqa: E402
-from evomerge.pool import Pool, SerialPool  # noqa: E402
-from evomerge.ray_pool import RayPool  # noqa: E402
-from evomerge.testing_pool import (  # noqa: E402
+from evomerge import ray_pool
+from evomerge.errors import SetupError
+from evomerge.patience import LEAST
+from evomerge.pool import Pool, SerialPool
+from evomerge.ray_pool import RayPool
+from evomerge.testing_pool import (
     PoolConformance,
     ProcessPoolConformance,
     ToyFactory,
     ToyWorker,
     toy_recipe,
 )
-from evomerge.trial import (  # noqa: E402
+from evomerge.trial import (
     Evaluation,
     Failure,
     Job,
