@@ -131,8 +131,8 @@ def extend(study: str, trials: int | None, items: int | None, overrides: tuple[s
     evomerge run study.yaml
 
     The study file stays as it is: its budget is still the one that the study began with, and the
-    command that is printed continues the study. The searcher goes on where it stood, and the finalists are
-    chosen anew among all trials.
+    command that is printed continues the study. The searcher goes on where it stood, and the
+    finalists are chosen anew among all trials.
     """
     from evomerge.extension import continuing
     from evomerge.extension import extend as extend_study

@@ -25,7 +25,15 @@ def placed(point: FrontPoint) -> Measured | None:
     What stands in the table beside it is placed as there: by test items where it was scored on
     them. The other trials, of which only some have more, are all placed by the search items.
     """
-    return (point.test or point.shown) if _in_table(point) else (point.search or point.shown)
+    return next((scores for _, scores in _scores(point) if scores is not None), None)
+
+
+def _scores(point: FrontPoint) -> list[tuple[str, Measured | None]]:
+    """Return the scores of a point by their items, the first choice first."""
+    search, validation = ("search", point.search), ("validation", point.validation)
+    if _in_table(point):
+        return [("test", point.test), validation, search]
+    return [search, validation]
 
 
 def _in_table(point: FrontPoint) -> bool:
@@ -36,12 +44,8 @@ def split_note(data: FrontData) -> str:
     """Return by which items the points of a picture are placed."""
     named, others = set[str](), set[str]()
     for point in data.points:
-        measured = placed(point)
-        if measured is None:
-            continue
-        splits = {"search": point.search, "validation": point.validation, "test": point.test}
-        split = next(name for name, scores in splits.items() if scores is measured)
-        (named if _in_table(point) else others).add(split)
+        splits = [split for split, scores in _scores(point) if scores is not None]
+        (named if _in_table(point) else others).update(splits[:1])
     if named == others:
         return f"scores on {' or '.join(sorted(named))} items"
     parts = {"front and baselines": named, "other trials": others}

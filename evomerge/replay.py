@@ -258,7 +258,7 @@ def _replay(study: Study, records: Sequence[Record]) -> tuple[int, str]:
     except InputError as error:
         raise InputError(
             f"different settings: the {len(records)} records of the journal are right, but its "
-            f"searcher cannot be asked again with these\n{error}"
+            f"searcher cannot be asked again with these; {error}"
         ) from error
     asked, done = len(history.trials), history.done
     history.done = None

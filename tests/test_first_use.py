@@ -281,7 +281,8 @@ def test_changed_settings_were_told_in_words_that_no_file_has() -> None:
         "budget": 12,
     }
     assert differences(old, new) == [
-        "  search.trials: 8 -> 12 (keep 8, e.g. --set search.trials=8; `evomerge extend` adds to it)",
+        "  search.trials: 8 -> 12 "
+        "(keep 8, e.g. --set search.trials=8; `evomerge extend` adds to it)",
         "  questions and prompts of the tasks: other ones",
         "  models (their weights): other ones",
         "  fitness.items.search: 2 + 2 -> 1 + 1",

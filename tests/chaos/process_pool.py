@@ -14,9 +14,11 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkContext, ForkServerContext
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 from evomerge.errors import EvomergeError, SetupError
 from evomerge.patience import Patience, Timeout
@@ -36,6 +38,18 @@ def context() -> ForkServerContext | ForkContext:
         return multiprocessing.get_context("fork")
     made = multiprocessing.get_context("forkserver")
     made.set_forkserver_preload(["__main__", "preloaded"])
+    here = Path(__file__).parent
+    before = os.environ.get("PYTHONPATH")
+    folders = [str(here), str(here.parent), str(here.parents[1])]
+    # Python 3.11 does not tell that process where the modules are that it is to load.
+    os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [before])])
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
     return made
 
 

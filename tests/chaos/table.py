@@ -20,10 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-_PATHS = [str(_HERE), str(_HERE.parent), str(_HERE.parents[1])]
-sys.path[:0] = _PATHS
-# The processes that are killed are new interpreters, with as few threads as a driver has.
-os.environ["PYTHONPATH"] = os.pathsep.join(_PATHS)
+sys.path[:0] = [str(_HERE), str(_HERE.parent), str(_HERE.parents[1])]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from cluster_rows import cluster_cases  # noqa: E402

@@ -117,7 +117,7 @@ def test_auto_is_the_chosen_searcher_and_says_so() -> None:
     calls = [drive(one, lambda c: sphere(c, 2), 16, 4, order=0) for one in (searcher, chosen)]
     assert asked(calls[0]) == asked(calls[1])
     facts = searcher.facts()  # type: ignore[attr-defined]
-    assert facts["auto"].startswith("gp_rounds (3 coefficients, 16 trials, 2 objectives, 4 at")
+    assert facts["auto"].startswith("gp_rounds (3 coefficients, 16 trials, 2 objectives, 4 out")
     assert "surrogate" in facts
 
 
