@@ -8,10 +8,14 @@ from evomerge.study_view import StudyView
 
 
 def audit_facts(view: StudyView) -> dict[str, Any]:
-    """Return how far off the estimates were, by objective, and whether to believe them."""
+    """Return the estimator's name, how far off it was by objective, and whether to believe it."""
+    return {"name": view.contract["estimation"]["name"], **_judged(view)}
+
+
+def _judged(view: StudyView) -> dict[str, Any]:
     from evomerge.fitness.irt.trust import Audit, verdict
 
-    facts: dict[str, Any] = {"name": view.contract["estimation"]["name"]}
+    facts: dict[str, Any] = {}
     for number, objective in enumerate(view.objectives):
         rows = [
             (one.full[number], one.estimate.values[number], one.estimate.errors[number],
@@ -40,6 +44,6 @@ def distrust(view: StudyView) -> list[str]:
     return [
         f"the estimates of {name} are not to be trusted: {found['reason']} (another `name` and "
         "`fitness.estimator: none` score everything)"
-        for name, found in audit_facts(view).items()
-        if name != "name" and not found.get("trusted", True)
+        for name, found in _judged(view).items()
+        if not found.get("trusted", True)
     ]
