@@ -39,8 +39,8 @@ def require_hub(repo: str) -> None:
 def push(directory: Path, repo: str, private: bool = True) -> str:
     """Upload all files of a directory in one commit; return the repository's address.
 
-    The repository is made where it does not exist. One that holds other files than the directory
-    is left alone: shards of two models must not be mixed. Nothing local changes.
+    The repository is made where it does not exist. One that holds files is left alone: nobody's
+    model is replaced, and shards of two are not mixed. Nothing local changes.
 
     Args:
         directory: of an export.
@@ -48,7 +48,7 @@ def push(directory: Path, repo: str, private: bool = True) -> str:
         private: of a new repository; an existing one stays as it is.
 
     Raises:
-        InputError: the repository holds other files.
+        InputError: the repository holds files.
         SetupError: the Hub refused or could not be reached; says how to try again.
     """
     from huggingface_hub import HfApi
@@ -61,10 +61,10 @@ def push(directory: Path, repo: str, private: bool = True) -> str:
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
     try:
         address = api.create_repo(repo, private=private, exist_ok=True, repo_type="model")
-        others = sorted(set(api.list_repo_files(repo)) - {".gitattributes", *names})
-        if others:
+        present = sorted(set(api.list_repo_files(repo)) - {".gitattributes"})
+        if present:
             raise InputError(
-                f"--push-to-hub: {repo} holds other files ({', '.join(others[:3])}): choose a new "
+                f"--push-to-hub: {repo} holds files ({', '.join(present[:3])}): choose a new "
                 f"name, or delete them there and run: hf upload {repo} {directory}"
             )
         api.upload_folder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -10,6 +11,24 @@ from typing import Any, Self
 from evomerge.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+#: How long a stop waits for running trials where nobody said it.
+GRACE_SECONDS = 60.0
+
+#: So long after it asked a job to stop, Ray kills its driver; `evomerge submit --grace` sets it.
+_STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+
+
+def grace_seconds() -> float:
+    """Return how long a stop waits for running trials.
+
+    In a job of Ray a tenth of what it gives, at most 10 s, is left for leaving.
+    """
+    text = os.environ.get(_STOP_WAIT, "")
+    if not text.isdecimal():
+        return GRACE_SECONDS
+    seconds = int(text)
+    return seconds - min(10.0, seconds / 10)
 
 
 class StopSignals:

@@ -203,7 +203,7 @@ class Jobs:
         shown = 0
         while True:
             shown = asyncio.run(self._tail(name, shown, write))
-            job = next(job for job in self.attempts(key) if job.id == name)
+            job = self._found(name)
             if job.over:
                 text = self.logs(job)
                 write(text[shown:])
@@ -220,6 +220,17 @@ class Jobs:
                 if new:
                     write(new)
         return max(seen, shown)
+
+    def _found(self, name: str) -> Job:
+        with _errors():
+            jobs = self._client.list_jobs()
+        found = next((one for one in jobs if one.submission_id == name), None)
+        if found is None:
+            raise SetupError(
+                f"ray: the cluster has forgotten the job {name} (it was restarted; submit the "
+                "study again: it continues)"
+            )
+        return _job(found)
 
     def stop(self, job: Job, seconds: float | None) -> Job:
         """Ask a job to stop: its driver finishes the running trials and leaves.
@@ -238,8 +249,7 @@ class Jobs:
             self._client.stop_job(job.id)
         end = None if seconds is None else time.monotonic() + seconds
         while True:
-            with _errors():
-                now = next(_job(o) for o in self._client.list_jobs() if o.submission_id == job.id)
+            now = self._found(job.id)
             if now.over or (end is not None and time.monotonic() >= end):
                 return now
             time.sleep(_POLL_SECONDS)

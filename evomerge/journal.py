@@ -272,6 +272,8 @@ class Journal:
             )
         if there.st_size == self._end:
             return
+        # A driver that froze after its first look must not cut off what the next one wrote.
+        self._require_lock()
         tail = _read_from(self._file, self._end)
         whole = 0
         while (end := tail.find(b"\n", whole)) >= 0:
@@ -283,9 +285,14 @@ class Journal:
         if whole < len(tail):
             os.ftruncate(self._file, self._end)
 
+    def _require_lock(self) -> None:
+        assert self._lock is not None
+        self._lock.require()
+
     def _roll_back(self, error: OSError) -> NoReturn:
         # When even this fails, the next start sees a torn tail and removes it.
         with contextlib.suppress(OSError):
+            self._require_lock()
             os.ftruncate(self._file, self._end)
             os.fsync(self._file)
         remedy = "the study stands at its last complete record; run it again to continue"

@@ -14,6 +14,7 @@ from evomerge.config import StudyFile, load
 from evomerge.economy import economy
 from evomerge.errors import EvomergeError, InputError, NothingUsableError, StorageError
 from evomerge.fitness.aggregate import MeanEstimator
+from evomerge.interrupt import grace_seconds
 from evomerge.journal import JOURNAL as JOURNAL_FILE
 from evomerge.merge.masses import MASSES_FILE, store_masses
 from evomerge.pool import Pool
@@ -144,6 +145,7 @@ def study_of(
         listeners=listeners,
         on_open=on_open,
         order=prepared.file.search.order,
+        grace_seconds=grace_seconds(),
         spool=_spool(prepared),
     )
 

@@ -6,7 +6,8 @@ It says what the sources say, by the rules below; it is no legal advice:
 * equal licences stay;
 * of licences that allow any further terms (``PERMISSIVE``) the one with the most conditions stays;
 * one other licence among permissive ones is the merge's, because its terms go with its weights;
-* of licences that were made to go together (``STRICTER``) the stricter stays;
+* of licences that were made to go together (``STRICTER``) the stricter stays, but not beside one
+  whose conditions it refuses;
 * anything else is ``other``, with the list.
 """
 
@@ -32,6 +33,8 @@ STRICTER: Mapping[str, tuple[str, ...]] = {
     "gpl-3.0": ("agpl-3.0",),
     "cc-by-nc-4.0": ("cc-by-nc-sa-4.0",),
 }
+#: Licence → permissive ones with conditions that it forbids to add.
+_REFUSED: Mapping[str, tuple[str, ...]] = {"gpl-2.0": ("apache-2.0",)}
 #: Licences under which a changed version may not be published.
 _NO_DERIVATIVES = ("cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0")
 
@@ -74,7 +77,9 @@ def combined_licence(sources: Mapping[str, str]) -> Licence:
         return Licence("unknown", sources, note)
     identifier = next(iter(different)) if len(different) == 1 else _strictest(different)
     note = (
-        f"All models have the licence {identifier}."
+        f"All models have licences of their own that their cards do not name ({listed}), see each."
+        if different == {"other"}
+        else f"All models have the licence {identifier}."
         if len(different) == 1
         else f"The models have different licences ({listed}); "
         + (
@@ -94,7 +99,8 @@ def _strictest(licences: set[str]) -> str:
     if not others:
         return max(licences, key=PERMISSIVE.index)
     for one in others:
-        if all(one == other or one in STRICTER.get(other, ()) for other in others):
+        together = all(one == other or one in STRICTER.get(other, ()) for other in others)
+        if together and licences.isdisjoint(_REFUSED.get(one, ())):
             return one
     return "other"
 

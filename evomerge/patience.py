@@ -28,7 +28,8 @@ class Patience:
 
     A fixed limit is either wrong for another model or useless. This one follows the running
     median: of the jobs as a whole, for what does not depend on their size (the merge), and per
-    item, because finalists are scored on more items than the trials before them.
+    item, because finalists are scored on more items than the trials before them. As nobody knows
+    which objective took the time, each item is taken for as long as if its objective took it all.
 
     Args:
         timeout: seconds for every job, ``auto`` to follow the median, None for no limit.
@@ -37,7 +38,7 @@ class Patience:
     def __init__(self, timeout: Timeout) -> None:
         self._timeout = timeout
         self._seconds: deque[float] = deque(maxlen=_REMEMBERED)
-        self._per_item: deque[float] = deque(maxlen=_REMEMBERED)
+        self._per_item: dict[int, deque[float]] = {}  # by objective
 
     def limit(self, job: Job) -> float:
         """Return how many seconds a job may take."""
@@ -47,12 +48,24 @@ class Patience:
             return self._timeout
         if len(self._seconds) < LEAST:
             return float("inf")
-        items = sum(map(len, job.items))
-        usual = max(median(self._seconds), median(self._per_item) * items)
+        usual = median(self._seconds)
+        for objective, ids in enumerate(job.items):
+            known = self._per_item.get(objective, ())
+            if ids and len(known) < LEAST:
+                return float("inf")
+            if ids:
+                usual = max(usual, median(known) * len(ids))
         return max(FLOOR_SECONDS, FACTOR * usual)
 
     def observe(self, evaluation: Evaluation, seconds: float) -> None:
-        """Learn what a job took that succeeded; a race may have scored a part of its items."""
+        """Learn what a job took that succeeded; a race may have scored a part of its items.
+
+        An evaluation that lay in a worker's spool comes back at once, and says itself what it took.
+        """
+        seconds = max(seconds, sum(evaluation.seconds.values()))
         self._seconds.append(seconds)
-        scored = sum(len(score.items) for score in evaluation.scores)
-        self._per_item.append(seconds / max(1, scored))
+        counts = [len(score.items) for score in evaluation.scores]
+        for objective, count in enumerate(counts):
+            if count or not any(counts):  # some workers give no scores of items
+                known = self._per_item.setdefault(objective, deque(maxlen=_REMEMBERED))
+                known.append(seconds / max(1, count))

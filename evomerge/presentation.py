@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,17 +14,13 @@ from evomerge.gain import best_expert, gains, trial_name
 from evomerge.journal import JOURNAL
 from evomerge.lineage import lineage_html
 from evomerge.projection import Projection
+from evomerge.redaction import redacted
 from evomerge.study_series import Series
 from evomerge.study_view import StudyView
 from evomerge.trial import Evaluation, Trial
 
 #: The resolved study file, beside the journal; never the name of the user's own file.
 STUDY_FILE = "study.resolved.yaml"
-_SECRETS = (
-    (re.compile(r"(://)[^/\s@]+@"), r"\1"),  # user:password@ in addresses
-    (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_***"),
-    (re.compile(r"(?im)^(\s*[\w-]*(?:token|password|secret|api_key)\s*:\s*)\S.*$"), r"\1'***'"),
-)
 
 
 def front_data(view: StudyView) -> FrontData:
@@ -91,13 +86,6 @@ def _files(view: StudyView) -> dict[str, str]:
     if any(trial.origin is not None for trial in view.trials):
         files["lineage.html"] = lineage_html(study_name(view), view)
     return files
-
-
-def redacted(text: str) -> str:
-    """Return ``text`` without credentials: everybody who can open MLflow can read it."""
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
-    return text
 
 
 def _identity(view: StudyView) -> str:

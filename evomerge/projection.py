@@ -14,6 +14,7 @@ from evomerge.front_table import front_csv
 from evomerge.gain import Gain
 from evomerge.merge.methods import changed_options
 from evomerge.recipe import Recipe
+from evomerge.redaction import redacted
 from evomerge.trial import Trial
 
 #: Colours of the runs in MLflow's own charts; the same as on the front page.
@@ -96,7 +97,8 @@ def trial_tags(trial: Trial, point: FrontPoint | None, knee: int | None) -> dict
         "mlflow.runColor": _COLOURS.get(colour, _COLOURS["search"]),
     }
     if trial.failure is not None:
-        tags["evomerge.failure"] = f"{trial.failure.kind}: {trial.failure.message}"[:500]
+        message = redacted(trial.failure.message)
+        tags["evomerge.failure"] = f"{trial.failure.kind}: {message}"[:500]
     return {key: value for key, value in tags.items() if value}
 
 

@@ -22,8 +22,9 @@ from evomerge.estimate_audits import distrust
 from evomerge.front_page import FrontData, FrontPoint, front_html, summary
 from evomerge.front_table import point_name, table_points
 from evomerge.plain_page import heading, paragraph, table
-from evomerge.presentation import STUDY_FILE, export_command, project, redacted
+from evomerge.presentation import STUDY_FILE, export_command, project
 from evomerge.projection import Projection, metric_name
+from evomerge.redaction import redacted
 from evomerge.report_charts import line_chart
 from evomerge.report_summary import recommended_comparison
 from evomerge.study_view import StudyView

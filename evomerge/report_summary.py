@@ -7,7 +7,8 @@ from evomerge.estimate_audits import distrust
 from evomerge.front_page import summary
 from evomerge.front_table import front_markdown
 from evomerge.item_comparison import Comparison, compare_trials, rivals_of
-from evomerge.presentation import export_command, project, redacted, study_name
+from evomerge.presentation import export_command, project, study_name
+from evomerge.redaction import redacted
 from evomerge.study_view import StudyView
 
 

@@ -16,7 +16,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -35,6 +36,9 @@ _SUFFIX = ".json"
 
 #: Entries that a worker keeps on its own disk, where no driver removes them.
 _KEPT_LOCALLY = 64
+
+#: Nobody writes one entry for so long.
+_ABANDONED_SECONDS = 3600.0
 
 
 def job_key(job: Job) -> str:
@@ -125,20 +129,37 @@ class Spool:
 
     def entries(self) -> list[Path]:
         """Return all entries, the oldest first."""
-        try:
-            found = sorted(self.directory.glob(f"*{_SUFFIX}"))
-            return sorted(found, key=lambda path: path.stat().st_mtime)
-        except OSError:  # another process has removed one of them just now
-            return sorted(self.directory.glob(f"*{_SUFFIX}"))
+        return _oldest_first(self.directory.glob(f"*{_SUFFIX}"))
 
     def clear(self, kept: int = 0) -> None:
-        """Remove all entries but the youngest ``kept``, and what a kill left half written."""
-        entries = self.entries()
-        for path in (*entries[: max(0, len(entries) - kept)], *self.directory.glob(".*.part")):
+        """Remove all entries but the youngest ``kept``, and what a kill left half written.
+
+        Where some are kept, others write here, and what is half written may be theirs.
+        """
+        entries, parts = self.entries(), _oldest_first(self.directory.glob(".*.part"))
+        if kept:
+            entries = entries[: max(0, len(entries) - kept)]
+            parts = [path for path in parts if _age(path) > _ABANDONED_SECONDS]
+        for path in (*entries, *parts):
             path.unlink(missing_ok=True)
 
     def _path(self, job: Job) -> Path:
         return self.directory / f"{job_key(job)}{_SUFFIX}"
+
+
+def _oldest_first(paths: Iterable[Path]) -> list[Path]:
+    found = []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it just now
+            found.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(found)]
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:  # by now it is whole
+        return 0.0
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -155,8 +155,9 @@ def _for_cluster(file: StudyFile, root: Path) -> tuple[StudyFile, tuple[str, ...
         }
     )
     uri = file.tracking.uri
-    if file.tracking.enabled and uri:
+    if uri:  # it is sent even where it is not used
         tracking_target(uri, file.tracking.experiment, root)  # refuses passwords in it
+    if file.tracking.enabled and uri:
         parts = urlsplit(uri)
         if parts.scheme == "sqlite" and not uri.startswith("sqlite:////"):
             raise InputError(
@@ -400,5 +401,7 @@ def bare_address(address: str | None) -> str | None:
     """Return an address without user and password."""
     if address is None or "@" not in address:
         return address
+    if "://" not in address:  # host:port, of which the host would be taken for a scheme
+        return address.rpartition("@")[2]
     parts = urlsplit(address)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

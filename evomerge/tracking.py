@@ -182,11 +182,19 @@ class Tracker:
         return not self.problem
 
     def _run(self) -> None:
+        try:
+            self._keep_sending()
+        except (OSError, ValueError) as error:  # no process, no disk, or half a line from it
+            self._failed(f"nothing is sent any more: {error}")
+
+    def _keep_sending(self) -> None:
         pause = _RESTART_SECONDS[0]
         while True:
             with tempfile.TemporaryFile("w+") as said:
                 process = self._start(said)
                 if process is None:
+                    if not self.problem:
+                        self._failed("it was stopped before anything was sent")
                     return
                 assert process.stdout is not None
                 for line in process.stdout:

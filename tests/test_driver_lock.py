@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -122,6 +123,30 @@ def test_a_line_between_the_look_and_the_write_costs_no_record(
         journal.append("note", text="third")
     assert _texts(tmp_path) == ["first", "second", "third"]
     assert read(tmp_path).late == 1
+
+
+@pytest.mark.parametrize("disk_full", [False, True])
+def test_a_driver_that_froze_after_its_look_cuts_nothing_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk_full: bool
+) -> None:
+    def frozen() -> None:
+        monkeypatch.undo()
+        (tmp_path / LOCK).unlink()
+        _append(tmp_path, "second", "third")
+
+    def full(handle: int, data: memoryview) -> int:
+        frozen()
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with Journal(tmp_path) as journal:
+        journal.append("note", text="first")
+        if disk_full:  # frozen even later
+            monkeypatch.setattr("evomerge.journal.os.write", full)
+        else:
+            monkeypatch.setattr(journal._lock, "require", frozen)
+        with pytest.raises(LockedError, match="another driver has taken over"):
+            journal.append("note", text="late")
+    assert _texts(tmp_path) == ["first", "second", "third"]
 
 
 def test_a_half_line_of_an_overtaken_driver_is_removed(tmp_path: Path) -> None:

@@ -193,7 +193,15 @@ def test_other_files_in_the_repository_are_not_mixed_with_ours(hub: Hub, folder:
     hub.present = (".gitattributes", "README.md", "model-00001-of-00002.safetensors")
     done = push(hub, folder)
     assert done.returncode == InputError.exit_code
-    assert "me/merge holds other files (model-00001-of-00002.safetensors)" in done.stderr
+    assert "me/merge holds files (README.md, model-00001-of-00002.safetensors)" in done.stderr
+    assert hub.stored == {}
+
+
+def test_a_model_with_files_of_the_same_names_is_not_replaced(hub: Hub, folder: Path) -> None:
+    hub.present = (".gitattributes", "config.json", "model.safetensors")
+    done = push(hub, folder)
+    assert done.returncode == InputError.exit_code
+    assert "me/merge holds files (config.json, model.safetensors)" in done.stderr
     assert hub.stored == {}
 
 

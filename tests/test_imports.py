@@ -64,6 +64,7 @@ LEVELS = (
         "study_note",
         "front_table",
         "terminal_plot",
+        "redaction",
         "presentation",
         "projection",
         "study_series",

@@ -158,6 +158,20 @@ def test_stop_waits_for_the_end(cluster: Cluster) -> None:
     assert Jobs(cluster).stop(Jobs(cluster).last(KEY), None).status == "STOPPED"
 
 
+@pytest.mark.parametrize("command", ["follow", "stop"])
+def test_a_cluster_that_was_restarted_has_forgotten_the_job(
+    cluster: Cluster, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    Jobs(cluster).submit(package())
+    monkeypatch.setattr(cluster, "end", lambda *_: cluster.jobs.clear())
+    with pytest.raises(SetupError, match=f"has forgotten the job {KEY.job}-1 .*it continues"):
+        if command == "follow":
+            Jobs(cluster).follow(KEY, shown.append)
+        else:
+            Jobs(cluster).stop(Jobs(cluster).last(KEY), None)
+
+
 def test_a_study_without_jobs_says_what_to_do(cluster: Cluster) -> None:
     with pytest.raises(InputError, match="submit the study again: it continues"):
         Jobs(cluster).last(KEY)

@@ -195,6 +195,17 @@ class TestMoved:
         assert (view.front, view.knee) == (calm.front, calm.knee)
 
 
+@pytest.mark.parametrize(("given", "waits"), [("1800", 1790), ("5", 4.5), (None, 60), ("x", 60)])
+def test_a_stopped_job_had_a_minute_whatever_its_grace(
+    project: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, waits: float
+) -> None:
+    monkeypatch.delenv("RAY_JOB_STOP_WAIT_TIME_S", raising=False)
+    if given is not None:
+        monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", given)
+    ready = prepared(project)
+    assert launch.study_of(ready, ready.make_pool).grace_seconds == waits
+
+
 def test_a_stop_waited_long_for_mlflow(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
 

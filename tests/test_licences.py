@@ -26,6 +26,9 @@ from evomerge.licences import combined_licence, stated_licence
         (("cc-by-nc-4.0", "gpl-3.0"), "other"),
         (("cc-by-nc-4.0", "cc-by-nc-sa-4.0"), "cc-by-nc-sa-4.0"),
         (("mit", "unknown"), "unknown"),
+        (("gpl-2.0", "mit"), "gpl-2.0"),
+        (("gpl-2.0", "apache-2.0"), "other"),
+        (("gpl-3.0", "apache-2.0"), "gpl-3.0"),
     ],
 )
 def test_rules(sources: tuple[str, ...], expected: str) -> None:
@@ -42,6 +45,8 @@ def test_notes() -> None:
     unknown = combined_licence({"base": "mit", "math": "unknown"})
     assert unknown.note.startswith("The licence of math is not known, so the merge's is not (")
     assert "none of them covers all" in combined_licence({"a": "gemma", "b": "llama2"}).note
+    nameless = combined_licence({"a": "other", "b": "other"})
+    assert nameless.note.endswith("their cards do not name (a: other, b: other), see each.")
     kept = combined_licence({"a": "cc-by-nc-nd-4.0", "b": "mit"})
     assert kept.note.endswith("cc-by-nc-nd-4.0 does not allow changed versions to be shared.")
 

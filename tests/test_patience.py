@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -42,6 +43,32 @@ def test_a_race_that_ended_early_does_not_shorten_the_limit() -> None:
     for _ in range(LEAST):
         patience.observe(_done(10), 60.0)
     assert patience.limit(_job(100)) == pytest.approx(FACTOR * 600.0)
+
+
+def test_what_lay_in_a_spool_does_not_shorten_the_limit() -> None:
+    patience = Patience("auto")
+    measured = replace(_done(10), seconds={"merge": 100.0, "score": 500.0})
+    for _ in range(LEAST):
+        patience.observe(measured, 0.01)  # it came back at once
+    assert patience.limit(_job(10)) == pytest.approx(FACTOR * 600.0)
+
+
+def test_finalists_with_more_of_the_slow_items_have_the_time_for_them() -> None:
+    patience = Patience("auto")
+    both = Evaluation(tuple(Score(0.0, 0.0, (0.0,) * count) for count in (1000, 10)), {})
+    for _ in range(LEAST):
+        patience.observe(both, 1000 * 0.01 + 10 * 30.0)
+    job = replace(_job(200), items=_job(200).items * 2)
+    assert patience.limit(job) > 200 * 0.01 + 200 * 30.0
+    assert patience.limit(replace(job, items=(job.items[0], ()))) == FACTOR * 310.0
+
+
+def test_an_objective_that_was_never_scored_has_no_limit() -> None:
+    patience = Patience("auto")
+    for _ in range(LEAST):
+        patience.observe(Evaluation((Score(0.0, 0.0, (0.0,)), Score(0.0, 0.0, ())), {}), 1.0)
+    assert patience.limit(replace(_job(1), items=(("a",), ()))) == FLOOR_SECONDS
+    assert patience.limit(replace(_job(1), items=(("a",), ("b",)))) == math.inf
 
 
 def test_the_median_runs() -> None:

@@ -84,6 +84,27 @@ def test_a_disk_that_takes_nothing_costs_no_result(
     assert "job 3 is not spooled" in caplog.text
 
 
+def test_a_worker_leaves_alone_what_another_one_is_writing(spool: Spool) -> None:
+    theirs, abandoned = (spool.directory / f".{name}.json.part" for name in "ab")
+    for path in (theirs, abandoned):
+        path.write_bytes(b"half")
+    os.utime(abandoned, (1.0, 1.0))
+    spool.clear(kept=1)
+    assert (theirs.exists(), abandoned.exists()) == (True, False)
+    spool.clear()
+    assert not theirs.exists()
+
+
+def test_the_youngest_is_kept_though_another_entry_has_just_gone(spool: Spool) -> None:
+    old, young = (spool.directory / f"{name}.json" for name in "ba")
+    for path in (old, young):
+        path.write_bytes(b"")
+    os.utime(old, (1.0, 1.0))
+    (spool.directory / "c.json").symlink_to("gone")
+    spool.clear(kept=1)
+    assert spool.entries() == [young]
+
+
 def test_another_owner_finds_nothing(spool: Spool) -> None:
     spool.put(JOB, FOUND)
     other = Spool(spool.directory, "other fitness")

@@ -106,6 +106,7 @@ def test_a_study_is_its_name_and_its_directory(project: Path) -> None:
         ("fitness.objectives=[{kind: entropy, text: no.txt}]", "no such file: "),
         ("search.arguments={start: models/base/model.safetensors}", "looks like weights"),
         ("tracking.uri=http://me:secret@ml/", "given with credentials"),
+        ("tracking={enabled: false, uri: http://me:secret@ml/}", "given with credentials"),
         ("tracking.uri=sqlite:///ml.db", "would lie in the job's own folder and be lost"),
     ],
 )
@@ -187,6 +188,7 @@ def test_the_record_comes_back(project: Path) -> None:
 def test_the_address_is_kept_without_its_password() -> None:
     assert submission.bare_address("http://me:pw@host:8265/x") == "http://host:8265/x"
     assert submission.bare_address("http://host:8265") == "http://host:8265"
+    assert submission.bare_address("me:pw@host:6379") == "host:6379"
     assert submission.bare_address(None) is None
 
 

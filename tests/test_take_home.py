@@ -18,6 +18,7 @@ from tiny_project import tiny_project
 
 from evomerge import cli, launch
 from evomerge.checkpoint import to_float32
+from evomerge.checksums import write_sums
 from evomerge.config import load
 from evomerge.errors import InputError, ModelError
 from evomerge.export import Exported, ExportOptions
@@ -119,6 +120,28 @@ class TestVerify:
         assert not found.equal
         within = verify(elsewhere / "merged", Where(elsewhere, tolerance=1.0))
         assert not any(one.differing for one in within.objectives)
+
+    def test_a_value_that_its_items_do_not_give_is_found(
+        self, elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = elsewhere / "merged/evomerge_scores.json"
+        record = json.loads(path.read_text())
+        assert record["reproduce"]["split"] == "test"
+        record["reproduce"]["expected"]["pick_a"] += 0.25
+        path.write_text(json.dumps(record))
+        write_sums(elsewhere / "merged")
+        monkeypatch.chdir(elsewhere)
+        code, out, _ = call(capsys, monkeypatch, "verify", "merged")
+        assert code == 1
+        assert "although all 10 items are as recorded" in out
+
+    def test_a_recorded_score_that_is_no_number_is_found(self, elsewhere: Path) -> None:
+        path = elsewhere / "merged/evomerge_scores.json"
+        record = json.loads(path.read_text())
+        record["reproduce"]["item_scores"]["pick_a"][3] = float("nan")
+        path.write_text(json.dumps(record))
+        write_sums(elsewhere / "merged")
+        assert len(verify(elsewhere / "merged", Where(elsewhere)).objectives[0].differing) == 1
 
     def test_missing_and_added_files(
         self, elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -279,6 +279,19 @@ def test_a_server_that_never_answers_holds_nobody(tmp_path: Path) -> None:
         assert ended(process)
 
 
+def test_a_tracker_without_a_process_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    tracker = Tracker(tmp_path, tracking_target(None, "none", tmp_path))
+    wait_until(lambda: tracker.problem)
+    assert not tracker.close(5.0)
+    assert "Resource temporarily unavailable" in tracker.problem
+
+
 def test_only_one_sends(tmp_path: Path) -> None:
     with only_sender(tmp_path, 0.0):
         with (

@@ -18,8 +18,9 @@ import pytest
 from small_study import finished, small_study
 
 from evomerge.errors import InputError, SetupError
-from evomerge.presentation import STUDY_FILE, project, redacted
-from evomerge.projection import metric_name, trial_params
+from evomerge.presentation import STUDY_FILE, project
+from evomerge.projection import metric_name, trial_params, trial_tags
+from evomerge.redaction import redacted
 from evomerge.study_view import StudyView
 from evomerge.tracking import Tracker, sync
 from evomerge.tracking_target import (
@@ -184,6 +185,7 @@ class TestSync:
         assert run.data.tags["front"] == "false"
         assert run.data.metrics["front"] == 0.0
 
+    @pytest.mark.slow
     def test_a_failed_trial_that_was_run_again_is_replaced(
         self, view: StudyView, store: Path
     ) -> None:
@@ -217,6 +219,7 @@ class TestSync:
         with pytest.raises(SetupError, match=r"cannot be updated.*nothing is lost"):
             sync(project(view), target)
 
+    @pytest.mark.slow
     def test_nothing_is_printed(
         self, view: StudyView, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
@@ -369,4 +372,24 @@ def test_metric_names_are_made_acceptable(name: str, clean: str) -> None:
 def test_secrets_do_not_reach_mlflow() -> None:
     text = "uri: postgresql://me:CANARY1@host/db\nhub: hf_CANARY2aaaaaaaaaaaaaa\napi_key: CANARY3\n"
     assert "CANARY" not in redacted(text)
-    assert redacted("task: reverse\nseed: 3\n") == "task: reverse\nseed: 3\n"
+    plain = "task: reverse\nseed: 3\nbatch_tokens: 512\ntokenizer: base\n"
+    assert redacted(plain) == plain
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "options:\n  - api_key: CANARY 1\n", "'password': CANARY a, b", "{token: CANARY, seed: 3}",
+        '{"api_key": "CANARY \\" CANARY", "seed": 3}', "at http://h/?api-key=CANARY&seed=3",
+    ],
+)  # fmt: skip
+def test_secrets_are_found_inside_lines(text: str) -> None:
+    assert "CANARY" not in redacted(text)
+    assert ("seed" in text) == ("seed" in redacted(text))
+
+
+def test_errors_reach_mlflow_without_secrets(tmp_path: Path) -> None:
+    trial = finished(tmp_path).trials[0]
+    failed = replace(trial, failure=Failure("error", "no answer from http://me:CANARY@host/"))
+    tags = trial_tags(failed, None, None)
+    assert tags["evomerge.failure"] == "error: no answer from http://host/"

@@ -121,6 +121,7 @@ def _in_another_process(work: list[tuple[str, Build, SearchProblem, Any]]) -> st
     ).stdout.decode()  # fmt: skip
 
 
+@pytest.mark.slow
 def test_all_replay_in_another_process_with_other_string_hashes() -> None:
     work: list[tuple[str, Build, SearchProblem, Any]] = []
     for suite in SUITES:

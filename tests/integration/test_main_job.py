@@ -58,7 +58,7 @@ def records(project: Path, study: str, kinds: set[str]) -> list[dict[str, Any]]:
     for line in journal.read_text().splitlines():
         record = json.loads(line.split("\t")[0])
         if record["ev"] in kinds:
-            for key in ("seq", "t", "seconds", "worker", "attempts"):
+            for key in ("seq", "t", "seconds", "worker", "attempts", "epoch"):
                 record.pop(key, None)
             found.append(record)
     return sorted(
@@ -187,7 +187,7 @@ parent = runs[runs["tags.mlflow.parentRunId"].isna()]
 client = mlflow.MlflowClient()
 names = sorted(a.path for a in client.list_artifacts(parent["run_id"].iloc[0]))
 print(json.dumps([len(parent), sorted(map(int, children["tags.evomerge.trial"])), names,
-                  int((children["tags.evomerge.front"] == "true").sum())]))
+                  int((children["tags.front"] == "true").sum())]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=project

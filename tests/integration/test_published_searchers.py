@@ -77,6 +77,7 @@ def test_other_spaces_have_no_inner_products(
         assert direction_grams(prepared.space, prepared.models) == ()
 
 
+@pytest.mark.slow
 def test_evo_merging_trims_and_weighs_task_vectors(
     tmp_path: Path, save_llama: Callable[..., Path]
 ) -> None:

@@ -242,6 +242,7 @@ def test_rank_bands_contain_trimming(models: Models) -> None:
     assert differs.mean() < 0.03
 
 
+@pytest.mark.slow
 def test_every_parameter_matters(models: Models) -> None:
     """A declared parameter that changes nothing would be a search dimension for nothing."""
     for method, declared in METHODS.items():
