@@ -103,6 +103,12 @@ def reproduction(
             f"The scores were measured in {_DTYPES[written.scored.dtype]}; these weights are "
             f"rounded to {_DTYPES[written.recipe.dtype]} and can give others."
         )
+    if best_split(view, number) == "search":
+        notes += [
+            f"The score of {name} is an estimate from {count} of {full} search items; the mean of "
+            f"these {count}, which lm_eval gives, is another number."
+            for name, (count, full) in estimated(view, number).items()
+        ]
     if written.adapter is not None:
         notes += adapter_notes(view, number, written.adapter)
     if scoring is None or not written.weights:
@@ -187,6 +193,23 @@ def _samples_name(index: int) -> str:
     return f"evomerge_samples{f'_{index + 1}' if index else ''}.json"
 
 
+def estimated(view: StudyView, number: int) -> dict[str, tuple[int, int]]:
+    """Return, by objective, on how many of how many search items a trial's search score rests.
+
+    Only of those scored on fewer than all: their value is an estimate.
+    """
+    evaluation = evaluation_of(view, number, "search")
+    if evaluation is None:
+        return {}
+    return {
+        objective.name: (len(score.items), len(items))
+        for objective, score, items in zip(
+            view.objectives, evaluation.scores, view.contract["items"]["search"], strict=True
+        )
+        if 0 < len(score.items) < len(items)
+    }
+
+
 def _scores(
     view: StudyView,
     number: int,
@@ -207,6 +230,8 @@ def _scores(
                     "standard_error": score.standard_error,
                     "n": len(score.items),
                 }
+                if name == "search" and objective.name in estimated(view, number):
+                    entry[name]["estimated"] = True
         objectives[objective.name] = entry
     split = best_split(view, number)
     names = [objective.name for objective in view.objectives]

@@ -214,9 +214,10 @@ def _files(file: StudyFile, root: Path) -> tuple[Path, ...]:
 
 
 def _inside(source: Path, root: Path) -> str:
-    """Return a path from ``root``, empty where it does not lie below (links are not followed)."""
+    """Return a path from ``root``, empty where it, or what it links to, does not lie below."""
     plain = Path(os.path.normpath(source))
-    return str(plain.relative_to(root)) if plain.is_relative_to(root) else ""
+    below = plain.is_relative_to(root) and plain.resolve().is_relative_to(root.resolve())
+    return str(plain.relative_to(root)) if below else ""
 
 
 def _named(file: StudyFile, root: Path) -> Iterator[tuple[str, str, list[Path]]]:

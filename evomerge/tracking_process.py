@@ -46,7 +46,9 @@ _LOCK_SECONDS = 2 * _ORPHAN_SECONDS
 def main(order: str) -> int:
     """Follow a study to its end; return 0 when MLflow holds everything."""
     os.nice(_NICE)
+    # A stop of the search is the search's business (Ray's reaches all its children): it says when.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing but our own lines goes to the parent
     given = json.loads(order)

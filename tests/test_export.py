@@ -9,7 +9,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import pytest
 from small_study import EXPERTS, finished
 
 import evomerge.export as export_module
-from evomerge import atomic_directory
+from evomerge import atomic_directory, export_documents
 from evomerge.errors import InputError, ModelError, NothingUsableError, RecipeError, StorageError
 from evomerge.export import Exported, choose, export, public_recipe, public_sources
 from evomerge.model_card import hub_ids
@@ -559,3 +559,18 @@ class TestCompanions:
         with pytest.raises(ModelError, match=r"base/generation_config\.json: invalid JSON"):
             export(view, choose(view), broken, tmp_path / "m")
         assert left_behind(tmp_path) == ["base"]
+
+
+def test_a_score_from_some_of_the_search_items_is_called_an_estimate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = SimpleNamespace(items=(1.0, 0.0))
+    found: Any = SimpleNamespace(scores=(few, SimpleNamespace(items=(1.0,) * 5)))
+    monkeypatch.setattr(export_documents, "evaluation_of", lambda view, number, split: found)
+    view: Any = SimpleNamespace(
+        objectives=(SimpleNamespace(name="math"), SimpleNamespace(name="code")),
+        contract={"items": {"search": [["a"] * 9, ["b"] * 5]}},
+    )
+    assert export_documents.estimated(view, 3) == {"math": (2, 9)}
+    monkeypatch.setattr(export_documents, "evaluation_of", lambda view, number, split: None)
+    assert export_documents.estimated(view, 3) == {}

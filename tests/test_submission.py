@@ -196,3 +196,16 @@ def test_the_sent_file_is_complete(project: Path) -> None:
     sent = load(packed(project).folder / "study.yaml")
     assert isinstance(sent, StudyFile)
     assert sent.search.trials == load(project / "study.yaml").search.trials
+
+
+def test_what_a_link_points_to_outside_is_outside(tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    (root / "tasks").mkdir(parents=True)
+    secret = tmp_path / "secret"
+    secret.write_text("key")
+    (root / "tasks/data.json").symlink_to(secret)
+    (root / "tasks/own.json").write_text("[]")
+    (root / "tasks/again.json").symlink_to(root / "tasks/own.json")
+    assert submission._inside(root / "tasks/data.json", root) == ""
+    assert submission._inside(root / "tasks/again.json", root) == "tasks/again.json"
+    assert submission._inside(root / "tasks/own.json", root) == "tasks/own.json"
