@@ -52,6 +52,10 @@ _ACCESS_REMEDY = (
 )
 
 
+#: What a head says whose job agent is not up yet, and seconds to wait for it.
+_STARTING, _STARTING_SECONDS = "No available agent", 30.0
+
+
 class Client(Protocol):
     """What is used of ``ray.job_submission.JobSubmissionClient``."""
 
@@ -165,6 +169,7 @@ class Jobs:
             LockedError: a driver is at work on it with other settings.
             SetupError: the cluster does not answer, or refuses.
         """
+        patience = time.monotonic() + _STARTING_SECONDS
         while True:
             attempts = self.attempts(package.key)
             last = attempts[-1] if attempts else None
@@ -175,10 +180,13 @@ class Jobs:
             try:
                 with _errors():
                     self._client.submit_job(**_request(package, name, grace))
-            except SetupError:
+            except SetupError as error:
                 # Somebody else was faster, or Ray had it before the answer was lost.
-                if all(job.id != name for job in self.attempts(package.key)):
+                if any(job.id == name for job in self.attempts(package.key)):
+                    continue
+                if _STARTING not in str(error) or time.monotonic() > patience:
                     raise
+                time.sleep(0.5)
                 continue
             return Submission(name, attempt, False, last)
 

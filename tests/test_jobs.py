@@ -113,6 +113,24 @@ def test_of_two_submitters_at_once_one_starts_it(cluster: Cluster) -> None:
     assert cluster.sent == []
 
 
+def test_a_head_that_is_still_starting_is_waited_for(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, refusals = (
+        cluster.submit_job,
+        ["No available agent to submit job, please try again"] * 2,
+    )
+
+    def starting(**arguments: Any) -> str:
+        if refusals:
+            raise RuntimeError(f"Request failed with status code 500: {refusals.pop()}")
+        return submit(**arguments)
+
+    monkeypatch.setattr(cluster, "submit_job", starting)
+    assert Jobs(cluster).submit(package()).job == f"{KEY.job}-1"
+    assert not refusals
+
+
 def test_attempts_are_counted_not_sorted_as_text(cluster: Cluster) -> None:
     for number in (1, 2, 10, 9):
         cluster.add(f"{KEY.job}-{number}", "d1", "FAILED", 1)
