@@ -30,22 +30,21 @@ def front_rows(
 
 def best_task_arithmetic(view: StudyView) -> Trial | None:
     """Return the best single-coefficient merge, chosen on validation items, never on test."""
-    grid = [
-        trial
-        for trial in view.baselines
-        if trial.label.startswith("task_arithmetic:") and view.scores(trial.number) is not None
-    ]
-    return max(grid, key=lambda trial: mean_score(view, trial.number), default=None)
+    return _best_baseline(view, "task_arithmetic:")
 
 
 def best_expert(view: StudyView) -> Trial | None:
     """Return the best single expert, chosen on validation items, never on test."""
-    experts = [
+    return _best_baseline(view, "expert:")
+
+
+def _best_baseline(view: StudyView, prefix: str) -> Trial | None:
+    found = [
         trial
         for trial in view.baselines
-        if trial.label.startswith("expert:") and view.scores(trial.number) is not None
+        if trial.label.startswith(prefix) and view.scores(trial.number) is not None
     ]
-    return max(experts, key=lambda trial: mean_score(view, trial.number), default=None)
+    return max(found, key=lambda trial: mean_score(view, trial.number), default=None)
 
 
 def mean_score(view: StudyView, number: int) -> float:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from evomerge.errors import InputError
 from evomerge.item_cache import Items
 from evomerge.pareto import ranked
+from evomerge.racing import require_rungs
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,7 @@ class Halving:
         Raises:
             InputError: rungs that do not ascend, or a number out of range.
         """
-        if not self.rungs or any(rung < 1 for rung in self.rungs):
-            raise InputError(f"rungs: expected numbers of items >= 1, got {list(self.rungs)}")
-        if list(self.rungs) != sorted(set(self.rungs)):
-            raise InputError(f"rungs: must ascend, got {list(self.rungs)}")
+        require_rungs(self.rungs)
         if self.eta < 2:
             raise InputError(f"eta: must be at least 2, got {self.eta}")
         if self.bracket is not None and self.bracket < 2:

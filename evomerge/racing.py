@@ -19,6 +19,18 @@ from evomerge.item_cache import Items
 from evomerge.trial import Direction, Job, Objective, Race, Score
 
 
+def require_rungs(rungs: Sequence[int]) -> None:
+    """Refuse rungs that no trial can climb.
+
+    Raises:
+        InputError: none, one below 1, or not ascending.
+    """
+    if not rungs or any(rung < 1 for rung in rungs):
+        raise InputError(f"rungs: expected numbers of items >= 1, got {list(rungs)}")
+    if list(rungs) != sorted(set(rungs)):
+        raise InputError(f"rungs: must ascend, got {list(rungs)}")
+
+
 @dataclass(frozen=True, slots=True)
 class Racing:
     """How a study races.
@@ -42,10 +54,7 @@ class Racing:
         Raises:
             InputError: rungs that do not ascend, or a number out of range.
         """
-        if not self.rungs or any(rung < 1 for rung in self.rungs):
-            raise InputError(f"rungs: expected numbers of items >= 1, got {list(self.rungs)}")
-        if list(self.rungs) != sorted(set(self.rungs)):
-            raise InputError(f"rungs: must ascend, got {list(self.rungs)}")
+        require_rungs(self.rungs)
         if not self.z > 0:
             raise InputError(f"z: must be above 0, got {self.z}")
         if self.least < 2 or self.references < 1:
