@@ -4,8 +4,8 @@
     python experiments/m2n2_digits/m2n2_digits.py --part scratch --seeds 5
 
 Prints a table of test accuracies with 95 % intervals over the seeds; ``--out`` appends one JSON
-line per run. Every searcher is the registered one; only MAP-Elites, which evomerge does not
-have, is a loop in this file.
+line per run, and a run that is there is not repeated. Every searcher is the registered one; only
+MAP-Elites, which evomerge does not have, is a loop in this file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -264,41 +264,88 @@ def interval(values: list[float]) -> str:
     return f"{mean:.1f} ± {100 * float(half):.1f}"
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One search.
+
+    Attributes:
+        part: of the experiment.
+        name: of the contender.
+        seed: of models and searcher.
+        evaluations: models that were tried.
+        hidden: width of the perceptrons.
+        train: accuracy of the best model, share.
+        test: on the test images.
+        seconds: that it took.
+    """
+
+    part: str
+    name: str
+    seed: int
+    evaluations: int
+    hidden: int
+    train: float
+    test: float
+    seconds: float
+
+    @property
+    def key(self) -> tuple[str, str, int, int, int]:
+        """What makes it another run."""
+        return (self.part, self.name, self.seed, self.evaluations, self.hidden)
+
+
+def table(part: str, runs: list[Run]) -> str:
+    """Return accuracies per contender, best first, and what M2N2 is ahead by, paired by seed."""
+    found = {name: [run for run in runs if run.name == name] for name in {r.name: 0 for r in runs}}
+    m2n2 = {run.seed: run.test for run in found.get("M2N2", [])}
+    lines = [f"| {part} | seeds | train | test | M2N2 is ahead by | published test |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, own in sorted(found.items(), key=lambda one: -np.mean([run.test for run in one[1]])):
+        ahead = [m2n2[run.seed] - run.test for run in own if run.seed in m2n2 and name != "M2N2"]
+        lines.append(
+            f"| {name} | {len(own)} | {interval([run.train for run in own])} "
+            f"| {interval([run.test for run in own])} | {interval(ahead) if ahead else ''} "
+            f"| {PUBLISHED[part].get(name, '–')} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=("scratch", "pretrained"), default="pretrained")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--evaluations", type=int, help="default 5000 scratch, 2000 pretrained")
     parser.add_argument("--hidden", type=int, help="default 32 scratch, 256 pretrained")
-    parser.add_argument("--only", help="one contender")
-    parser.add_argument("--out", type=Path, help="append one JSON line per run")
+    parser.add_argument("--only", nargs="+", help="some contenders")
+    parser.add_argument("--out", type=Path, help="append one JSON line per run; go on from there")
     given = parser.parse_args()
     scratch = given.part == "scratch"
     evaluations = given.evaluations or (5000 if scratch else 2000)
     digits = Digits(given.hidden or (32 if scratch else 256))
-    found: dict[str, list[tuple[float, float]]] = {}
-    for name, run in contenders(given.part, evaluations).items():
-        if given.only and name != given.only:
-            continue
-        for seed in range(given.seeds):
+    runs: list[Run] = []
+    if given.out and given.out.exists():
+        known = [Run(**json.loads(line)) for line in given.out.read_text().splitlines()]
+        size = (given.part, evaluations, digits.hidden)
+        runs = [run for run in known if (run.part, run.evaluations, run.hidden) == size]
+    done = {run.key for run in runs}
+    choice = contenders(given.part, evaluations)
+    # Seeds outermost, so that it may be stopped at any time.
+    for seed in range(given.seeds):
+        for name, search_model in choice.items():
+            key = (given.part, name, seed, evaluations, digits.hidden)
+            if key in done or (given.only and name not in given.only):
+                continue
             began = time.perf_counter()
-            model = run(digits, seed)
+            model = search_model(digits, seed)
+            seconds = round(time.perf_counter() - began, 1)
             train, test = (
                 float(digits.right(model, data).mean()) for data in (digits.train, digits.test)
             )
-            found.setdefault(name, []).append((train, test))
+            runs.append(Run(*key, train, test, seconds))
             if given.out:
-                line = {
-                    "part": given.part, "name": name, "seed": seed, "evaluations": evaluations,
-                    "hidden": digits.hidden, "train": train, "test": test,
-                    "seconds": round(time.perf_counter() - began, 1),
-                }  # fmt: skip
                 with given.out.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-    print(f"| {given.part} | train | test | published test |\n|---|---|---|---|")
-    for name, pairs in sorted(found.items(), key=lambda one: -np.mean([p[1] for p in one[1]])):
-        sides = [interval([pair[side] for pair in pairs]) for side in (0, 1)]
-        print(f"| {name} | {sides[0]} | {sides[1]} | {PUBLISHED[given.part].get(name, '–')} |")
+                    file.write(json.dumps(asdict(runs[-1])) + "\n")
+    print(table(given.part, [run for run in runs if not given.only or run.name in given.only]))
 
 
 if __name__ == "__main__":
