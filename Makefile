@@ -29,7 +29,7 @@ demo: $(STAMP)
 	$(BIN)/evomerge demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m ''
