@@ -39,13 +39,16 @@ FIRST_TEST_ITEM = 670
 FINALISTS = 5
 #: Random merges of the matrix that the bank is fitted to, beside base and experts.
 BANK_MERGES = 100
-#: Estimators by what they are called here: the study file's name, the items, what it needs.
+#: Estimators by what they are called here: the study file's name and the items. ``default`` is the
+#: study file's ``auto``, with the trials that it scores in full; it has 60 items, whatever --sizes.
 VARIANTS: Mapping[str, tuple[str, str]] = {
     "mean": ("mean", "random"),
     "published": ("gmpirt", "random"),
     "ours": ("soft_reg", "stratified"),
     "ours-optimal": ("soft_reg", "value_optimal_margins"),
+    "default": ("auto", "value_optimal_margins"),
 }
+DEFAULT_ITEMS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,9 @@ def study_text(name: str, variant: str, items: int, seed: int, trials: int, part
         "batch_size": 128,
         "estimator": "none",
     }
-    if variant != "full":
+    if variant == "default":
+        fitness["estimator"] = "auto"
+    elif variant != "full":
         estimator, design = VARIANTS[variant]
         fitness["estimator"] = {
             "name": estimator, "design": design, "items": items, "full_every": None,
@@ -346,7 +351,8 @@ def main() -> None:
     workers: dict[ModelWorkerFactory, Remembering] = {}
     for seed in () if given.report else given.seeds:
         for variant in given.variants:
-            for items in [SEARCH_ITEMS] if variant == "full" else given.sizes:
+            sizes = {"full": [SEARCH_ITEMS], "default": [DEFAULT_ITEMS]}
+            for items in sizes.get(variant, given.sizes):
                 one = run(given.out, variant, items, seed, given.trials, given.partition, workers)
                 print(
                     f"seed {seed}: {variant} {items}: {100 * one.test:.1f}, {one.search} search "
