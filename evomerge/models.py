@@ -43,12 +43,15 @@ class Models:
         experts: in the user's order; LoRA adapters among them as what they fold into.
         layout: slots of the base in canonical order; all experts have the same.
         buffers: integer tensors and stored constants, always taken from the base.
+        factored: the experts are LoRA adapters of equal form that are merged as factors, never
+            folded; see ``evomerge.merge.factor_sources``.
     """
 
     base: Checkpoint
     experts: tuple[Checkpoint, ...]
     layout: Layout
     buffers: tuple[str, ...]
+    factored: bool = False
 
     @property
     def dtype(self) -> str:

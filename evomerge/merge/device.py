@@ -16,6 +16,7 @@ import torch
 from evomerge.layout import Partition
 from evomerge.merge.cells import Cells
 from evomerge.merge.device_sources import DeviceSources
+from evomerge.merge.factor_merge import product
 from evomerge.merge.launch import ballots, hash_keys
 from evomerge.merge.plan import (
     HASH_STEP,
@@ -65,6 +66,50 @@ def merge(
                 index = torch.arange(canonical, canonical + count, device=origin.device)
                 merged = _changed(plan, number, origin, experts, index)
             outputs[slot][first : first + count].copy_(merged)
+
+
+def merge_factors(
+    plan: Plan,
+    cut: Partition,
+    sources: DeviceSources,
+    outputs: Sequence[torch.Tensor],
+    spans: npt.NDArray[np.bool_],
+) -> None:
+    """Write merges of adapters as factors; arguments as in ``merge``.
+
+    The factors are summed on the CPU, where they lie; the product is the device's, one rank
+    after the other.
+    """
+    pieces = sources.pieces(cut, _PIECE)
+    work = pieces[spans[pieces[:, 0]]]
+    sides: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for batch in sources.batches(work, np.ones((len(work), 1), np.bool_)):
+        for piece, (number, slot, first, count) in enumerate(batch.work.tolist()):
+            merged = batch.values(piece, 0).float()
+            if plan.weights[number].any():
+                if number not in sides:
+                    left, right = product(plan, number, slot, sources.on_host)
+                    sides = {number: (_to(left, merged), _to(right, merged))}
+                form = sources.on_host.factors.forms[slot]
+                merged = merged + _rows(*sides[number], first, count) * float(
+                    np.float32(form.scaling)
+                )
+            outputs[slot][first : first + count].copy_(merged)
+
+
+def _rows(left: torch.Tensor, right: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    """Return ``count`` elements of left·right from the flat index ``first`` on."""
+    width = right.shape[1]
+    row, stop = first // width, -(-(first + count) // width)
+    total = torch.zeros((stop - row, width), device=left.device)
+    for rank in range(len(right)):
+        # Two steps, because addcmul may fuse the multiplication and the addition.
+        total += left[row:stop, rank, None] * right[rank]
+    return total.view(-1)[first - row * width :][:count]
+
+
+def _to(array: npt.NDArray[np.float32], beside: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(array).to(beside.device)
 
 
 def needed(plan: Plan, work: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

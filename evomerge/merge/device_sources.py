@@ -155,6 +155,11 @@ class DeviceSources:
             ) from error
 
     @property
+    def on_host(self) -> Sources:
+        """The memory-mapped weights behind it; factors of adapters lie there only."""
+        return self._sources
+
+    @property
     def held(self) -> tuple[torch.Tensor, ...]:
         """The buffers that hold base and experts between merges [K + 1]; none for ``disk``."""
         return self._held

@@ -26,7 +26,6 @@ import numpy.typing as npt
 
 from evomerge.adapter import read_factors
 from evomerge.atomic_directory import atomic_directory, require_free, require_space
-from evomerge.checkpoint import TensorEntry, to_float32
 from evomerge.errors import ModelError
 
 F32 = npt.NDArray[np.float32]
@@ -99,14 +98,10 @@ def open_repository(adapters: Sequence[tuple[str, Path]]) -> Repository:
                 )
     modules = {}
     for module in expected:
-        a = np.stack([_matrix(found[module].a) for _, _, found in read])
-        b = np.stack([_matrix(found[module].b) for _, _, found in read])
+        a = np.stack([found[module].a.values() for _, _, found in read])
+        b = np.stack([found[module].b.values() for _, _, found in read])
         modules[module] = Factor(a, b, expected[module].scaling, sorted_magnitudes(a))
     return Repository(tuple(name for name, _ in adapters), modules, config)
-
-
-def _matrix(entry: TensorEntry) -> F32:
-    return to_float32(entry.read(), entry.dtype).reshape(entry.shape)
 
 
 def sorted_magnitudes(a: F32) -> F32:
@@ -174,7 +169,8 @@ def with_fixed_sign(weights: Sequence[float]) -> tuple[float, ...]:
     Weights must have one sign before they are shown, averaged or modelled.
     """
     largest = max(weights, key=abs)
-    return tuple(-weight for weight in weights) if largest < 0.0 else tuple(weights)
+    sign = -1.0 if largest < 0.0 else 1.0
+    return tuple(sign * weight + 0.0 for weight in weights)  # no -0.0: it has another digest
 
 
 def change(repository: Repository, merged: Pairs, module: str) -> F32:

@@ -17,7 +17,7 @@ from test_engine import (
 )
 
 from evomerge.merge.merger import Merger
-from evomerge.merge.methods import METHODS
+from evomerge.merge.methods import METHODS, OF_WEIGHTS
 from evomerge.merge.residency import Residency
 from evomerge.models import Models
 from evomerge.recipe import Recipe
@@ -72,7 +72,7 @@ def merged_on(
     return [(one if recipe.dtype == "F32" else one.view(torch.uint16)).numpy() for one in host]
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(OF_WEIGHTS))
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_torch_on_cuda_equals_the_cpu_kernels(
     llama_family: Family, method: str, dtype: str
@@ -81,7 +81,7 @@ def test_torch_on_cuda_equals_the_cpu_kernels(
     require_device_equals_kernels(llama_family, method, dtype, "cuda:0")
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(OF_WEIGHTS))
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
 def test_triton_equals_the_cpu_kernels(
     llama_family: Family, cuda: Any, method: str, dtype: str
