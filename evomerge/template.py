@@ -24,14 +24,15 @@ def study_template(
     named = list(experts) or [("math", "models/math"), ("code", "models/code")]
     expert_lines = "\n".join(f"    {_text(name)}: {_text(source)}" for name, source in named)
     task_lines = "\n".join(f"    - {_task(task)}" for task in tasks or list(_TASKS))
-    parts = {"experts": f"  experts:\n{expert_lines}", "space": _SPACE, "search": _SEARCH}
+    comment = "  # Fine-tunes of that base, with short names. Their order is kept.\n"
+    parts = {"experts": f"{comment}  experts:\n{expert_lines}", "space": _SPACE, "search": _SEARCH}
     scales = "[0.3, 0.5, 0.7, 0.9, 1.1]"
     if adapters is not None:
         folder, count = adapters
         trials = max(150, 1200 * count // 100)
-        place = f"  # Every subfolder is an adapter, by its name.\n  experts: {_text(folder)}"
+        comment = "  # Adapters of that base: every subfolder is one, by its name.\n"
         parts = {
-            "experts": place,
+            "experts": f"{comment}  experts: {_text(folder)}",
             "space": _FACTORS,
             "search": _EVO_MERGING.format(trials=trials),
         }
@@ -106,7 +107,6 @@ seed: 0
 models:
   # Directory with safetensors weights, or hub id (owner/name[@revision]).
   base: {base}
-  # Fine-tunes of that base, with short names. Their order is kept.
 {experts}
 
 space:
