@@ -298,6 +298,7 @@ def _changes(
             b=pair["B"],
             scaling=_scaling(config, module, pair["A"].shape[0], where),
             transposed=conv and _fits(base.tensors[slot], pair, transposed=True),
+            module=module,
         )
         for slot, (module, pair) in sorted(matched.items())
     }

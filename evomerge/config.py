@@ -184,10 +184,11 @@ class SearchSection(Section):
 class BaselinesSection(Section):
     """What the search is compared with, beside base and uniform average."""
 
-    experts: Literal["all"] | Annotated[int, Field(ge=0)] | list[str] = Field(
-        20,
-        description="experts that are scored alone: all, some by name, or at most so many, evenly "
-        "spaced in their order; each costs one full evaluation",
+    experts: Literal["auto", "all"] | Annotated[int, Field(ge=0)] | list[str] = Field(
+        "auto",
+        description="experts that are scored alone, each at the cost of one full evaluation: all, "
+        "some by name, or at most so many, evenly spaced in their order; auto: all, but 20 of more "
+        "that lora_factors merges, unless the searcher mixes baselines (m2n2, nested_map)",
     )
     task_arithmetic: list[float] = Field(
         default_factory=lambda: [0.3, 0.5, 0.7, 0.9, 1.1],

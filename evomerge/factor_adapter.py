@@ -65,7 +65,7 @@ def write_factors(recipe: Recipe, models: Models, folder: Path) -> Kept:
     for number, span in enumerate(merger.partition(recipe.partition).spans):
         if span.slot not in sources.forms:
             continue
-        module = models.layout.slots[span.slot].name.removesuffix(".weight")
+        module = _module(models, span.slot)
         pair = sources.merged(span.slot, plan.weights[number], plan.shares[number])
         for factor, matrix in zip("AB", pair, strict=True):
             if not np.isfinite(matrix).all():
@@ -85,7 +85,7 @@ def write_factors(recipe: Recipe, models: Models, folder: Path) -> Kept:
 def _config(recipe: Recipe, models: Models, sources: FactorSources) -> dict[str, Any]:
     """Return the config of the merged adapter: applied as the first of the experts is."""
     first = read_json_mapping(models.experts[0].directory / "adapter_config.json", "export")
-    names = [models.layout.slots[slot].name.removesuffix(".weight") for slot in sources.forms]
+    names = [_module(models, slot) for slot in sources.forms]
     return {
         "peft_type": "LORA", "task_type": first.get("task_type"), "inference_mode": True,
         "base_model_name_or_path": recipe.base.source.partition("@")[0],
@@ -94,6 +94,11 @@ def _config(recipe: Recipe, models: Models, sources: FactorSources) -> dict[str,
         "init_lora_weights": True, "use_dora": False, "modules_to_save": None,
         **{key: first[key] for key in _APPLIED if first.get(key) is not None},
     }  # fmt: skip
+
+
+def _module(models: Models, slot: int) -> str:
+    """Return what the experts call the module of a slot: peft knows it by that name."""
+    return models.experts[0].folds[models.layout.slots[slot].name].module
 
 
 def _require_same_form(folder: Path, models: Models) -> None:

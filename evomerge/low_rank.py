@@ -27,6 +27,7 @@ class LowRank:
         b: B [out, r].
         scaling: s, in float64; rounded once to float32.
         transposed: the slot is stored as [in, out] (GPT-2's Conv1D, ``fan_in_fan_out``).
+        module: what the adapter calls the module; the base's name may lack a prefix of it.
     """
 
     base: TensorEntry
@@ -34,6 +35,7 @@ class LowRank:
     b: TensorEntry
     scaling: float
     transposed: bool
+    module: str
 
     def fold(self) -> F32:
         """Return W0 + s·(B·A), flat, laid out as the slot [rows x columns]."""

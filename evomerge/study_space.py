@@ -13,6 +13,10 @@ from evomerge.models import Models
 from evomerge.search.baselines import Anchored, Baseline, baselines, chosen_experts
 from evomerge.space import Choices, Range, Space
 
+#: Of many adapters so many are scored alone: what a generation of Evo-Merging costs.
+_ALONE = 20
+#: Searchers that only combine what is known.
+MIXING = ("m2n2", "nested_map")
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -256,15 +260,23 @@ def baselines_of(file: StudyFile, space: Space) -> tuple[Baseline, ...]:
 
     return baselines(
         space, experts, anchor, file.baselines.task_arithmetic,
-        chosen_experts(experts, file.baselines.experts), method.adapters,
+        scored_alone(file), method.adapters,
     )  # fmt: skip
 
 
+def scored_alone(file: StudyFile) -> tuple[str, ...]:
+    """Return the experts that are baselines."""
+    wanted, experts = file.baselines.experts, tuple(file.models.experts)
+    if wanted == "auto":
+        mixed = file.search.searcher in MIXING
+        wanted = _ALONE if method_of(file).adapters and not mixed else "all"
+    return chosen_experts(experts, wanted)
+
+
 def baseline_warnings(file: StudyFile) -> list[str]:
-    """Return which experts are not scored alone, where the study file does not say it itself."""
-    experts = tuple(file.models.experts)
-    chosen = chosen_experts(experts, file.baselines.experts)
-    if not isinstance(file.baselines.experts, int) or len(chosen) == len(experts):
+    """Return which experts are not scored alone, where the study file does not name them."""
+    experts, chosen = tuple(file.models.experts), scored_alone(file)
+    if isinstance(file.baselines.experts, list) or len(chosen) == len(experts):
         return []
     shown = ", ".join(chosen[:3]) + (", ..." if len(chosen) > 3 else "")
     return [

@@ -148,7 +148,7 @@ search:
 baselines:
 {grid}
   task_arithmetic: {scales}
-  # experts: 20              # scored alone; all, names, or at most so many
+  # experts: 20              # scored alone: auto, all, names, or at most so many
 
 pool:
   kind: ray                  # or serial, in this process

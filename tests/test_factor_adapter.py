@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,26 @@ def test_it_is_applied_as_the_experts_are(
     written = open_models(str(base), [("merged", str(tmp_path / "out"))])
     assert forms_of(written, 0) == forms_of(models, 0)
     assert (tmp_path / "out/adapter_model.safetensors").stat().st_size < 2 * adapter_bytes(models)
+
+
+def test_modules_keep_the_names_that_the_experts_gave_them(
+    tmp_path: Path, save_llama: Callable[..., Path]
+) -> None:
+    """A body saved without its head has no ``model.`` before its names; adapters have it."""
+    from safetensors.torch import load_file, save_file
+
+    base, _ = repository(tmp_path, save_llama, "llama")
+    bare = tmp_path / "bare"
+    shutil.copytree(base, bare)
+    weights = load_file(bare / "model.safetensors")
+    plain = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    save_file(plain, bare / "model.safetensors", metadata={"format": "pt"})
+    names = [(name, str(tmp_path / "adapters" / name)) for name in "abc"]
+    models = open_models(str(bare), names)
+    (tmp_path / "out").mkdir()
+    write_factors(recipe_of(models), models, tmp_path / "out")
+    written = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert written.keys() == load_file(tmp_path / "adapters/a/adapter_model.safetensors").keys()
 
 
 # peft reads an attribute that transformers is about to rename.

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from tiny_project import tiny_project
 
 from evomerge import cli
-from evomerge.config import load
+from evomerge.config import StudyFile, load
 from evomerge.errors import StudyFileError
 from evomerge.journal import JOURNAL
 from evomerge.merge.engine import Engine
@@ -29,6 +29,7 @@ from evomerge.models import open_models
 from evomerge.prepare import Prepared, prepare
 from evomerge.recipe import Recipe
 from evomerge.search.baselines import chosen_experts
+from evomerge.study_space import baseline_warnings, scored_alone
 from evomerge.study_view import StudyView
 from evomerge.submission import pack
 
@@ -241,6 +242,18 @@ class TestBaselines:
         assert baselines["uniform"].x is not None
         fixed = prepare(load(path, ["space.parameters.density=0.5"]), path)
         assert [one.x for one in fixed.baselines] == [None] * 7
+
+    def test_of_many_adapters_twenty_are_scored_alone(self) -> None:
+        names = ", ".join(f"a{number:02d}: adapters/{number}" for number in range(100))
+        text = f"models: {{base: b, experts: {{{names}}}}}\nfitness: {{tasks: [t]}}\n"
+        for method, searcher, count in (
+            ("lora_factors", "evo_merging", 20), ("lora_factors", "nested_map", 100),
+            ("lora_factors", "m2n2", 100), ("task_arithmetic", "cma", 100),
+        ):  # fmt: skip
+            space = f"space: {{method: {method}}}\nsearch: {{searcher: {searcher}}}\n"
+            file = StudyFile.model_validate(yaml.safe_load(text + space))
+            assert len(scored_alone(file)) == count
+            assert len(baseline_warnings(file)) == (count == 20)
 
     def test_unknown_names_are_problems(self, project: Path) -> None:
         path = project / "study.yaml"
