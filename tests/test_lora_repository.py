@@ -137,7 +137,7 @@ class TestStudyFile:
         assert code == 2
         assert "space.partition: lora_factors has one weight and density per adapter" in errors
         assert "got layer (write partition: model)" in errors
-        assert "models.experts.odd: model.layers.0.mlp.up_proj.weight has rank 2, it is 3" in errors
+        assert "models.experts.odd: model.layers.0.mlp.up_proj.weight has rank 2, 3 in" in errors
         assert "models.experts.small: does not change" in errors
         assert "models.experts.whole: is no LoRA adapter" in errors
 

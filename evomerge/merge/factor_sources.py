@@ -106,26 +106,26 @@ def _problems(models: Models, where: str) -> Iterator[str]:
                 f"{path}: saves {', '.join(whole[:3])} whole (modules_to_save), which are no "
                 "factors (leave it out, or merge by task_arithmetic)"
             )
-        difference = _difference(found, usual)
+        difference = _difference(found, usual, first)
         if difference:
             yield (
-                f"{path}: {difference} in {first} (factors can only be added where modules, "
-                "rank and scaling are equal)"
+                f"{path}: {difference} (factors can only be added where modules, rank and scaling "
+                "are equal)"
             )
 
 
-def _difference(found: Forms, usual: Forms) -> str:
-    """Return what tells an adapter from the usual ones, empty where nothing does."""
+def _difference(found: Forms, usual: Forms, first: str) -> str:
+    """Return what tells an adapter from ``first``, one of the usual; empty where nothing does."""
     other = sorted(set(found) ^ set(usual))
     if other:
-        changed = "changes" if other[0] in found else "does not change"
-        return f"{changed} {other[0]} ({len(other)} modules differ), unlike what is changed"
+        mine, theirs = ("changes", "does not") if other[0] in found else ("does not change", "does")
+        count = f"; {len(other)} modules differ" if len(other) > 1 else ""
+        return f"{mine} {other[0]}, {first} {theirs}{count}"
     for slot, form in found.items():
-        mine, theirs = form, usual[slot]
-        if mine.rank != theirs.rank:
-            return f"{slot} has rank {mine.rank}, it is {theirs.rank}"
-        if mine.scaling != theirs.scaling:
-            return f"{slot} has scaling {mine.scaling:g}, it is {theirs.scaling:g}"
+        if form.rank != usual[slot].rank:
+            return f"{slot} has rank {form.rank}, {usual[slot].rank} in {first}"
+        if form.scaling != usual[slot].scaling:
+            return f"{slot} has scaling {form.scaling:g}, {usual[slot].scaling:g} in {first}"
     return ""
 
 

@@ -8,7 +8,8 @@ al. 2023, arXiv 2307.13269):
 S keeps the α_k largest magnitudes of A_k and zeroes the rest; nothing is rescaled, and B is left
 whole ("asymmetric"). This is not a sum of task vectors: ΔW has the cross terms β_i·β_j·B_i·A_j,
 it is quadratic near β = 0, and β and -β give the same model. Hence an engine of its own, whose
-result is one peft adapter.
+result is one peft adapter. This one needs no base and holds everything in memory; studies merge
+by ``factor_sources`` and ``factor_merge``.
 
 Axes: ``N`` adapters, ``r`` rank. All sums run over the adapters upwards, in float32.
 """

@@ -320,13 +320,12 @@ class TestRefusals:
         lines = str(caught.value).splitlines()
         slot = "model.layers.0.mlp.up_proj.weight"
         assert lines == [
-            f"models.experts.rank: {slot} has rank 2, it is 3 in law (factors can only be added "
+            f"models.experts.rank: {slot} has rank 2, 3 in law (factors can only be added "
             "where modules, rank and scaling are equal)",
-            f"models.experts.alpha: {slot} has scaling 4, it is 2 in law (factors can only be "
+            f"models.experts.alpha: {slot} has scaling 4, 2 in law (factors can only be "
             "added where modules, rank and scaling are equal)",
-            "models.experts.few: does not change model.layers.1.mlp.down_proj.weight (2 modules "
-            "differ), unlike what is changed in law (factors can only be added where modules, "
-            "rank and scaling are equal)",
+            "models.experts.few: does not change model.layers.1.mlp.down_proj.weight, law does; 2 "
+            "modules differ (factors can only be added where modules, rank and scaling are equal)",
             "models.experts.whole: is no LoRA adapter, and lora_factors merges nothing else "
             "(leave it out, or merge by task_arithmetic, which takes both)",
         ]
