@@ -286,6 +286,16 @@ class TestStudy:
         assert (again.front, again.knee) == (view.front, view.knee)
         assert main("replay", tmp_path / "p/study.yaml") == 0
 
+    def test_another_search_starts_at_one_of_its_merges(
+        self, project: Path, view: StudyView
+    ) -> None:
+        number, path = best(view), project / "study.yaml"
+        start = f"{{start: 'studies/repository:{number}'}}"
+        overrides = ["name=later", "search.searcher=polish", f"search.arguments={start}"]
+        found = prepare(load(path, overrides), path).baselines[-1]
+        assert found.label == "start"
+        assert found.recipe.table[0] == pytest.approx(view.trial(number).recipe.table[0])
+
     def test_a_folder_that_has_another_adapter_later_is_noticed(
         self, project: Path, view: StudyView, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -325,7 +325,7 @@ class TestOptions:
             (["--pick", "asf:1"], "expected 2 weights >= 0"),
             (["--knee", "--public"], "--public is for --push-to-hub"),
             (["--knee", "--push-to-hub", "alone"], "expected owner/name, got 'alone'"),
-            (["--knee", "--lora", "-1"], "Invalid value for '--lora'"),
+            (["--knee", "--lora", "some"], "Invalid value for '--lora'"),
             (["--knee", "--lora"], "--lora: give a rank, such as --lora 16: task_arithmetic"),
             (["--knee", "--tokenizer", "expert:mth"], "no expert 'mth' (did you mean 'math'?)"),
             (["--knee", "--tokenizer", "nowhere"], "expected base, expert:NAME or a directory"),

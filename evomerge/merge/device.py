@@ -8,6 +8,7 @@ marked tests run it on CUDA).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -82,19 +83,24 @@ def merge_factors(
     """
     pieces = sources.pieces(cut, _PIECE)
     work = pieces[spans[pieces[:, 0]]]
-    sides: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for batch in sources.batches(work, np.ones((len(work), 1), np.bool_)):
-        for piece, (number, slot, first, count) in enumerate(batch.work.tolist()):
-            merged = batch.values(piece, 0).float()
-            if plan.weights[number].any():
-                if number not in sides:
-                    left, right = product(plan, number, slot, sources.on_host)
+    host, sides = sources.on_host, dict[int, tuple[torch.Tensor, torch.Tensor]]()
+    with ThreadPoolExecutor(sources.threads) as pool:
+        # The sums of later modules are under way while the device works on earlier ones.
+        summed = {
+            number: pool.submit(product, plan, number, cut.spans[number].slot, host)
+            for number in dict.fromkeys(work[:, 0].tolist())
+            if plan.weights[number].any()
+        }
+        for batch in sources.batches(work, np.ones((len(work), 1), np.bool_)):
+            for piece, (number, slot, first, count) in enumerate(batch.work.tolist()):
+                merged = batch.values(piece, 0).float()
+                if number in summed:
+                    left, right = summed.pop(number).result()
                     sides = {number: (_to(left, merged), _to(right, merged))}
-                form = sources.on_host.factors.forms[slot]
-                merged = merged + _rows(*sides[number], first, count) * float(
-                    np.float32(form.scaling)
-                )
-            outputs[slot][first : first + count].copy_(merged)
+                if number in sides:
+                    scaling = float(np.float32(host.factors.forms[slot].scaling))
+                    merged = merged + _rows(*sides[number], first, count) * scaling
+                outputs[slot][first : first + count].copy_(merged)
 
 
 def _rows(left: torch.Tensor, right: torch.Tensor, first: int, count: int) -> torch.Tensor:

@@ -205,7 +205,7 @@ def test_the_device_path_equals_the_cpu_kernels(models: Models, residency: Resid
     recipe = drawn(models, 2)
     tool = Merger(models)
     outputs = [torch.zeros(slot.size) for slot in models.layout.slots]
-    sources = DeviceSources(tool.sources, torch.device("cpu"), residency, staging_bytes=1200)
+    sources = DeviceSources(tool.sources, torch.device("cpu"), residency, 1200, threads=2)
     assert sources.experts == 0
     merger = DeviceMerger(sources, outputs, triton=False)
     everything = np.ones(len(models.layout.slots), np.bool_)
