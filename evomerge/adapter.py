@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from evomerge.checkpoint import (
     MERGEABLE,
@@ -30,63 +29,17 @@ from evomerge.checkpoint import (
     inside,
     read_header,
     read_json_mapping,
-    to_float32,
 )
 from evomerge.errors import ModelError
-
-F32 = npt.NDArray[np.float32]
+from evomerge.low_rank import LowRank
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])\.weight\Z")
-#: Elements of one block of rows: block, product and factor stay within the second-level cache.
-_BLOCK = 1 << 16
 #: A quantified group can take exponential time on a name; peft's own patterns never have one.
 _UNSAFE_PATTERN = re.compile(r"\)[*+?{]")
 _REMEDY = "merge it into its base with peft's merge_and_unload, and give the merged checkpoint"
 #: Initialisations that leave the base's weights as they are.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-
-
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """The change of one slot.
-
-    Attributes:
-        base: the slot's weights in the base [out, in], or [in, out] where transposed.
-        a: A [r, in].
-        b: B [out, r].
-        scaling: s, in float64; rounded once to float32.
-        transposed: the slot is stored as [in, out] (GPT-2's Conv1D, ``fan_in_fan_out``).
-    """
-
-    base: TensorEntry
-    a: TensorEntry
-    b: TensorEntry
-    scaling: float
-    transposed: bool
-
-    def fold(self) -> F32:
-        """Return W0 + s·(B·A), flat, laid out as the slot [rows x columns]."""
-        origin = _matrix(self.base)
-        a, b = _matrix(self.a), _matrix(self.b)
-        left, right = (a.T, b.T) if self.transposed else (b, a)  # [rows, r], [r, columns]
-        right = np.ascontiguousarray(right)
-        folded = np.empty(origin.shape, np.float32)
-        step = max(_BLOCK // max(origin.shape[1], 1), 1)
-        for first in range(0, len(origin), step):
-            rows = slice(first, first + step)
-            total = np.zeros(folded[rows].shape, np.float32)
-            product = np.empty_like(total)
-            for rank in range(len(right)):
-                np.multiply(left[rows, rank, None], right[rank], out=product)
-                total += product
-            total *= np.float32(self.scaling)
-            np.add(origin[rows], total, out=folded[rows])
-        return folded.reshape(-1)
-
-
-def _matrix(entry: TensorEntry) -> F32:
-    return to_float32(entry.read(), entry.dtype).reshape(entry.shape)
 
 
 def is_adapter(directory: Path) -> bool:
@@ -126,7 +79,7 @@ def open_adapter(
         | {slot: _folded_entry(directory, change.base) for slot, change in changes.items()}
         | whole,
         fingerprint=_fingerprint(weights, changes, sorted(whole)),
-        folds={slot: change.fold for slot, change in changes.items()},
+        folds=changes,
     )
 
 
@@ -233,7 +186,7 @@ def _require_tied(found: Mapping[str, tuple[str, TensorEntry]], where: str) -> N
         if re.search(r"(^|\.)(embed_tokens|wte|shared)\.weight\Z", slot)
     ]
     if bool(heads) != bool(tables) or any(
-        not np.array_equal(_matrix(one), _matrix(two)) for one in heads for two in tables[:1]
+        not np.array_equal(one.values(), two.values()) for one in heads for two in tables[:1]
     ):
         raise ModelError(
             f"{where}: the adapter saves embedding and head as two, the base ties them ({_REMEDY})"
@@ -345,6 +298,7 @@ def _changes(
             b=pair["B"],
             scaling=_scaling(config, module, pair["A"].shape[0], where),
             transposed=conv and _fits(base.tensors[slot], pair, transposed=True),
+            module=module,
         )
         for slot, (module, pair) in sorted(matched.items())
     }

@@ -10,9 +10,7 @@ from evomerge.fitness.splits import ItemSplit
 from evomerge.search.generation import generation_size
 from evomerge.search.protocol import SearchProblem
 from evomerge.space import Space
-
-#: Searchers that only combine what is known.
-_MIXING = ("m2n2", "nested_map")
+from evomerge.study_space import MIXING
 
 
 def study_warnings(
@@ -36,7 +34,7 @@ def _search(file: StudyFile, space: Space) -> list[str]:
             f"search.trials: {file.search.trials} trials for {space.dimension} coefficients is "
             "little (use a coarser partition, or more trials)"
         )
-    if space.kinds and file.search.searcher in _MIXING:
+    if space.kinds and file.search.searcher in MIXING:
         warnings.append(
             f"search.searcher: {file.search.searcher} mixes the baselines, which lie at few "
             "values of what is no real number, and hardly leaves them (nsga2, ga or gp_rounds do)"

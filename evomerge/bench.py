@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evomerge.checkpoint import ITEM_BYTES
+from evomerge.merge.factor_sources import stored_bytes
 from evomerge.models import Models
 from evomerge.prepare import Prepared
 from evomerge.recipe import Recipe
@@ -223,13 +224,7 @@ def synchronize(device: torch.device) -> None:
 
 def merge_bytes(models: Models, dtype: str) -> int:
     """Return the bytes that one merge must move: every source read once, the result written."""
-    total = 0
-    for slot in models.layout.slots:
-        total += slot.size * ITEM_BYTES[dtype]
-        for checkpoint in (models.base, *models.experts):
-            entry = checkpoint.tensors.get(slot.name)
-            total += slot.size * ITEM_BYTES[entry.dtype if entry is not None else slot.dtype]
-    return total
+    return models.layout.parameters * ITEM_BYTES[dtype] + stored_bytes(models)
 
 
 def measure(prepared: Prepared, seconds: float) -> Bench:
@@ -330,11 +325,7 @@ class _Worker(ModelWorker):
 
     def memory(self, models: Models) -> WorkerMemory:
         """Return what this process holds now."""
-        sources = sum(
-            entry.stop - entry.start
-            for checkpoint in (models.base, *models.experts)
-            for entry in checkpoint.tensors.values()
-        )
+        sources = stored_bytes(models)
         if self._device.type == "cuda":
             import torch
 

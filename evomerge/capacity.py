@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from evomerge.checkpoint import ITEM_BYTES
 from evomerge.config import PoolSection
 from evomerge.memory import available_bytes, gpu_bytes, neighbours
+from evomerge.merge.factor_sources import stored_bytes
 from evomerge.merge.residency import Needs, Residency, Room, choose, gigabytes
 from evomerge.models import Models
 
@@ -119,11 +120,7 @@ def capacity_warnings(pool: PoolSection, models: Models, dtype: str) -> list[str
         )
     on_gpu = pool.device == "cuda" or (pool.device == "auto" and pool.gpus_per_worker > 0)
     live = models.layout.parameters * ITEM_BYTES[dtype]
-    sources = sum(
-        entry.stop - entry.start
-        for model in (models.base, *models.experts)
-        for entry in model.tensors.values()
-    )
+    sources = stored_bytes(models)
     available = available_bytes()
     if not on_gpu and available is not None and workers * live + sources > available:
         warnings.append(

@@ -10,17 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from evomerge.errors import ModelError, SetupError
+
+if TYPE_CHECKING:
+    from evomerge.low_rank import LowRank
 
 #: Bytes per element of the dtypes that occur in checkpoints.
 ITEM_BYTES = {
@@ -74,6 +77,10 @@ class TensorEntry:
             return np.empty(0, dtype)
         return np.memmap(self.shard, dtype=dtype, mode="r", offset=self.start, shape=(count,))
 
+    def values(self) -> npt.NDArray[np.float32]:
+        """Return the tensor as float32, in its shape."""
+        return to_float32(self.read(), self.dtype).reshape(self.shape)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -88,8 +95,8 @@ class Checkpoint:
         fingerprint: of headers and weights. Tensors below 1 MiB count completely, larger ones
             by 16 blocks of 4 KiB, evenly spaced: training changes all of them, an edit of a few
             rows of a large tensor can go unseen.
-        folds: tensors that are computed instead of stored (a LoRA adapter's), as functions
-            that return their flat float32 values; ``tensors`` gives their shapes.
+        folds: tensors that are computed instead of stored (a LoRA adapter's); ``tensors`` gives
+            their shapes.
     """
 
     name: str
@@ -98,7 +105,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
     fingerprint: str
-    folds: Mapping[str, Callable[[], npt.NDArray[np.float32]]] = field(default_factory=dict)
+    folds: Mapping[str, LowRank] = field(default_factory=dict)
 
     @property
     def tied(self) -> bool:
@@ -115,7 +122,7 @@ class Checkpoint:
     def read(self, name: str) -> npt.NDArray[Any]:
         """Return the bits of one tensor, flat: a read-only memory map, or a fold's result."""
         if name in self.folds:
-            return self.folds[name]()
+            return self.folds[name].fold()
         return self.tensors[name].read()
 
 

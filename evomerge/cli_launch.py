@@ -52,14 +52,18 @@ def demo(out: Path, trials: int | None, workers: int | None, quick: bool) -> Non
     metavar="NAME=MODEL",
     help="Expert: short name and directory or hub id; repeat for each.",
 )
+@click.option(
+    "--adapters", default=None, metavar="FOLDER",
+    help="Instead of experts a folder of LoRA adapters, merged as factors (Evo-Merging, LoraHub).",
+)  # fmt: skip
 @click.option("--task", "tasks", multiple=True, help="lm-eval task; repeat for each objective.")
 @click.option(
     "--mergekit-evolve", "evolve", type=click.Path(path_type=Path), default=None,
     metavar="CONFIG.yml", help="Take everything from a mergekit-evolve config, as it is.",
 )  # fmt: skip
 def init(
-    file: Path, base: str | None, experts: tuple[str, ...], tasks: tuple[str, ...],
-    evolve: Path | None,
+    file: Path, base: str | None, experts: tuple[str, ...], adapters: str | None,
+    tasks: tuple[str, ...], evolve: Path | None,
 ) -> None:  # fmt: skip
     """Write a commented study file for your models.
 
@@ -67,14 +71,17 @@ def init(
     evomerge init study.yaml --base meta-llama/Llama-3.1-8B \\
         --expert math=org/llama-math --expert code=./models/code --task gsm8k \\
         --task arc_challenge
+    evomerge init study.yaml --base models/base --adapters adapters/ --task my_task
     evomerge init study.yaml --mergekit-evolve evolve.yml
     """
     from evomerge.template import study_template
 
     notes: tuple[str, ...] = ()
+    if adapters is not None and experts:
+        raise InputError("init: --adapters names the experts already (drop --expert)")
     if evolve is None:
-        text = study_template(base, expert_pairs(experts), tasks)
-    elif base or experts or tasks:
+        text = study_template(base, expert_pairs(experts), tasks, _adapters(adapters, file))
+    elif base or experts or tasks or adapters:
         raise InputError("init: --mergekit-evolve names models and tasks already (drop the others)")
     else:
         from evomerge.mergekit_evolve import study_from_evolve
@@ -91,6 +98,22 @@ def init(
     for note in notes:
         click.echo(f"note: {note}")
     click.echo(f"wrote {file}; edit it, then: evomerge check {file}")
+
+
+def _adapters(folder: str | None, file: Path) -> tuple[str, int] | None:
+    """Return a folder of adapters and how many it holds.
+
+    Raises:
+        InputError: it is none, as the study file will see it.
+    """
+    from evomerge.expert_folder import experts_in
+
+    if folder is None:
+        return None
+    found, problems = experts_in(folder, file.resolve().parent)
+    if problems:
+        raise InputError("\n".join(problems).replace("models.experts", "--adapters"))
+    return folder, len(found)
 
 
 @click.command()

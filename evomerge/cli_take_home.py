@@ -43,8 +43,9 @@ from evomerge.errors import InputError
 )  # fmt: skip
 @click.option("--recipe-only", is_flag=True, help="Recipe, scores and card without weights.")
 @click.option(
-    "--lora", type=click.IntRange(1), metavar="RANK", default=None,
-    help="As a LoRA adapter of the base, with what it loses measured.",
+    "--lora", is_flag=False, flag_value=0, type=click.IntRange(0), metavar="[RANK]", default=None,
+    help="As a LoRA adapter of the base, with what it loses measured. Without a rank: the merged "
+    "factors of lora_factors, which lose nothing.",
 )  # fmt: skip
 @click.option(
     "--push-to-hub", metavar="OWNER/NAME", default=None,

@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 from evomerge import strict_yaml
 from evomerge.economy_sections import EstimatorSection, RacingSection, SearchItemsSection
 from evomerge.errors import StudyFileError, suggest
+from evomerge.expert_folder import list_experts
 from evomerge.layout import PARTITIONS
 from evomerge.objective_sections import GOALS, Goal, Section, TaskSection
 
@@ -52,7 +53,9 @@ class ModelsSection(Section):
         min_length=1,
         max_length=512,
         description="name: directory or hub id; order is kept. Names are letters, digits, '-' and "
-        "'_', at most 63, starting with a letter or digit, and not `base`",
+        "'_', at most 63, starting with a letter or digit, and not `base`. Or the path of a folder "
+        "that holds them: every subfolder is an expert of its name, in alphabetical order",
+        json_schema_extra=lambda schema: schema.update(type=["object", "string"]),
     )
 
 
@@ -179,12 +182,19 @@ class SearchSection(Section):
 
 
 class BaselinesSection(Section):
-    """What the search is compared with, beside base, experts and uniform average."""
+    """What the search is compared with, beside base and uniform average."""
 
+    experts: Literal["auto", "all"] | Annotated[int, Field(ge=0)] | list[str] = Field(
+        "auto",
+        description="experts that are scored alone, each at the cost of one full evaluation: all, "
+        "some by name, or at most so many, evenly spaced in their order; auto: all, but 20 of more "
+        "that lora_factors merges, unless the searcher mixes baselines (m2n2, nested_map)",
+    )
     task_arithmetic: list[float] = Field(
         default_factory=lambda: [0.3, 0.5, 0.7, 0.9, 1.1],
         max_length=100,
-        description="scales at which all task vectors are added with one coefficient",
+        description="scales at which all task vectors are added with one coefficient; with "
+        "lora_factors each weight is the root of it, because it acts squared",
     )
 
 
@@ -236,7 +246,7 @@ class StudyFile(Section):
     space: SpaceSection = SpaceSection()  # type: ignore[call-arg]
     fitness: FitnessSection
     search: SearchSection = SearchSection()  # type: ignore[call-arg]
-    baselines: BaselinesSection = BaselinesSection()
+    baselines: BaselinesSection = BaselinesSection()  # type: ignore[call-arg]
     pool: PoolSection = PoolSection()  # type: ignore[call-arg]
     tracking: TrackingSection = TrackingSection()  # type: ignore[call-arg]
 
@@ -263,6 +273,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> StudyFile:
     data = strict_yaml.read_mapping(path)
     for override in overrides:
         _override(data, override)
+    problems = list_experts(data, path.resolve().parent)
+    if problems:
+        raise StudyFileError(str(path), problems)
     try:
         study = StudyFile.model_validate(data)
     except ValidationError as error:

@@ -39,7 +39,7 @@ _KEYS = {
     "order": "search.order",
     "finalists": "search.finalists",
     "scalarise": "on the weighted mean of the objectives",
-    "baselines": "baselines.task_arithmetic",
+    "baselines": "baselines",
     "items": "fitness.items",
     "objectives": "fitness.tasks",
     "dimension": "searched coefficients",

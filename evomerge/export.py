@@ -31,8 +31,9 @@ from evomerge.export_documents import (
     reproduction,
     split_values,
 )
+from evomerge.factor_adapter import adapter_bytes, merges_factors, own_rank, write_factors
 from evomerge.licences import combined_licence, stated_licence
-from evomerge.lora import lora_bytes, write_lora
+from evomerge.lora import Kept, lora_bytes, write_lora
 from evomerge.merge.writer import (
     checkpoint_bytes,
     copy_companions,
@@ -48,6 +49,9 @@ from evomerge.study_view import StudyView
 from evomerge.tokenizer_source import tokenizer_source
 from evomerge.trial import Evaluation, TrialState
 
+#: See ``ExportOptions.lora``.
+OWN_RANK = 0
+
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
@@ -58,7 +62,8 @@ class ExportOptions:
         max_shard_bytes: largest shard.
         tokenizer: ``base``, ``expert:NAME`` or a directory; None to decide.
         recipe_only: leave out weights, config and tokenizer.
-        lora: rank of the adapter that is written instead of the whole model; None for the model.
+        lora: rank of the adapter that is written instead of the whole model; None for the model,
+            ``OWN_RANK`` for the merged factors of a method that merges adapters as factors.
     """
 
     dtype: str | None = None
@@ -184,7 +189,7 @@ def export(
     adapter: Adapter | None = None
     with atomic_directory(out) as temporary:
         if options.lora is not None:
-            kept = write_lora(recipe, models, options.lora, temporary)
+            kept = _write_adapter(recipe, models, options.lora, temporary)
             evaluation, reason = rescore(temporary) if rescore else (None, "no study at hand")
             adapter = Adapter(kept, evaluation, reason)
             copy_companions(models.base, temporary, tokenizer.directory)
@@ -234,9 +239,27 @@ def _require_one_form(options: ExportOptions) -> None:
 def _needed_bytes(recipe: Recipe, models: Models, options: ExportOptions) -> int:
     if options.recipe_only:
         return 0
+    if options.lora is not None and merges_factors(recipe):
+        return adapter_bytes(models)
     if options.lora is not None:
         return lora_bytes(models, options.lora)
     return checkpoint_bytes(recipe, models)
+
+
+def _write_adapter(recipe: Recipe, models: Models, rank: int, folder: Path) -> Kept:
+    """Write an adapter: the merged factors where they fit the rank, else the nearest ones.
+
+    Raises:
+        InputError: no rank is given, and the merge is none of factors.
+    """
+    if merges_factors(recipe) and (rank == OWN_RANK or rank >= own_rank(models)):
+        return write_factors(recipe, models, folder)
+    if rank == OWN_RANK:
+        raise InputError(
+            f"--lora: give a rank, such as --lora 16: {recipe.method} merges weights, so that the "
+            "merge has no rank of its own"
+        )
+    return write_lora(recipe, models, rank, folder)
 
 
 # -- before --------------------------------------------------------------------------------

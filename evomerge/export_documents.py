@@ -130,11 +130,13 @@ def reproduction(
 def adapter_notes(view: StudyView, number: int, adapter: Adapter) -> list[str]:
     """Return what an adapter loses, one sentence each."""
     kept = adapter.kept
-    notes = [
-        f"The adapter has rank {kept.rank}: it keeps {100 * kept.share:.2f} % of the squared "
-        f"change of the weights (relative error {kept.error:.2e}; the worst tensor is "
-        f"{kept.worst}, {kept.worst_error:.2e})."
-    ]
+    notes = ["The adapter holds the merged factors themselves: nothing of the merge is lost."]
+    if not kept.exact:
+        notes = [
+            f"The adapter has rank {kept.rank}: it keeps {100 * kept.share:.2f} % of the squared "
+            f"change of the weights (relative error {kept.error:.2e}; the worst tensor is "
+            f"{kept.worst}, {kept.worst_error:.2e})."
+        ]
     if kept.saved:
         notes.append(
             f"What LoRA cannot hold is saved whole: {', '.join(kept.saved)} (modules_to_save)."

@@ -11,11 +11,15 @@ from evomerge.export import Exported
 from evomerge.feasibility import bounds
 from evomerge.gain import front_rows, gains, trial_name
 from evomerge.journal import read
+from evomerge.models import Models
 from evomerge.prepare import Prepared
 from evomerge.savings import savings_facts, savings_lines
 from evomerge.space import Choices, Space
 from evomerge.study_view import StudyState, StudyView
 from evomerge.trial import Evaluation, Objective, Trial
+
+#: Models that are all listed to people.
+_MODELS = 20
 
 
 def plan_facts(prepared: Prepared) -> dict[str, Any]:
@@ -89,10 +93,7 @@ def plan_lines(prepared: Prepared) -> dict[str, Any]:
     return {
         "study": str(file.name),
         "directory": str(prepared.directory),
-        "models": [
-            f"{model.name}: {model.source}"
-            for model in (prepared.models.base, *prepared.models.experts)
-        ],
+        "models": _model_lines(prepared.models),
         "size": f"{layout.parameters:,} parameters, {len(layout.slots)} tensors, {space.dtype}",
         "objectives": splits,
         "space": (
@@ -113,6 +114,15 @@ def plan_lines(prepared: Prepared) -> dict[str, Any]:
         "memory": prepared.memory.lines(),
         "warnings": list(prepared.warnings),
     }
+
+
+def _model_lines(models: Models) -> list[str]:
+    """Return name and source of each model; of many the first few, and how many more there are."""
+    lines = [f"{model.name}: {model.source}" for model in (models.base, *models.experts)]
+    if len(lines) <= _MODELS:
+        return lines
+    shown = lines[: _MODELS // 2]
+    return [*shown, f"... and {len(lines) - len(shown)} more (--json lists them)"]
 
 
 def _mixed(space: Space) -> str:

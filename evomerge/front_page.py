@@ -83,17 +83,29 @@ class FrontData:
     command: str
 
 
+#: Columns that are all written out.
+MOST_COLUMNS = 16
+
+
 def summary(recipe: Recipe) -> str:
     """Return the columns' means, with their range over the blocks where they vary.
 
-    Options follow where they are not the method's defaults.
+    Of many columns the weights that are largest. Options follow where they are not the method's
+    defaults.
     """
     parts = []
-    for name in recipe.columns:
+    shown = recipe.columns
+    if len(shown) > MOST_COLUMNS:
+        weights = [name for name in shown if name.startswith("weight.")] or list(shown)
+        weights.sort(key=lambda name: -max(map(abs, recipe.column(name))))
+        shown = tuple(weights[: MOST_COLUMNS // 2])
+    for name in shown:
         column = recipe.column(name)
         low, high, mean = min(column), max(column), sum(column) / len(column)
         spread = f" ({low:.2f} to {high:.2f})" if high - low > 0.005 else ""
         parts.append(f"{name.removeprefix('weight.')} {mean:.2f}{spread}")
+    if len(shown) < len(recipe.columns):
+        parts.append(f"and {len(recipe.columns) - len(shown)} smaller or other numbers")
     parts += [f"{name} {value}" for name, value in changed_options(recipe).items()]
     return f"{recipe.method}: " + ", ".join(parts)
 

@@ -55,6 +55,7 @@ class Kept:
         worst_error: that error.
         saved: modules that are saved whole; layers are ``*``.
         lost: changed tensors that are not in the adapter; layers are ``*``.
+        exact: the adapter is the merge itself: its factors were merged, not the weights.
     """
 
     rank: int
@@ -64,11 +65,13 @@ class Kept:
     worst_error: float
     saved: tuple[str, ...]
     lost: tuple[str, ...]
+    exact: bool = False
 
     def facts(self) -> dict[str, Any]:
         """Return it as plain data."""
         return {
             "rank": self.rank,
+            "exact": self.exact,
             "kept_share_of_squared_change": self.share,
             "relative_error": self.error,
             "worst_tensor": self.worst,
@@ -127,7 +130,7 @@ class _Writer:
         self.tensors: dict[str, F32] = {}
         self._recipe, self._models, self._rank = recipe, models, rank
         self._slots = models.layout.slots
-        self._merger = Merger(models)
+        self._merger = Merger.of(recipe, models)
         self._plan = self._merger.plan(recipe)
         if self._plan.rule is not Rule.LINEAR or self._plan.cells is not None:
             self._merger.sources.require_finite()

@@ -77,6 +77,10 @@ _HEADER = """\
 def _config(recipe: Recipe, layout: Layout, sources: Mapping[str, str]) -> dict[str, Any]:
     if recipe.method not in METHODS:
         raise _InexpressibleError(f"mergekit has no method {recipe.method!r}")
+    if METHODS[recipe.method].adapters:
+        raise _InexpressibleError(
+            "mergekit merges weights; it has no sum of the factors of LoRA adapters"
+        )
     if recipe.method not in _SAME:
         raise _InexpressibleError(f"mergekit's {recipe.method} differs, or it has none")
     if recipe.method == "ties":

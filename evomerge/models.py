@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,12 +44,15 @@ class Models:
         experts: in the user's order; LoRA adapters among them as what they fold into.
         layout: slots of the base in canonical order; all experts have the same.
         buffers: integer tensors and stored constants, always taken from the base.
+        factored: the experts are LoRA adapters of equal form that are merged as factors, never
+            folded; see ``evomerge.merge.factor_sources``.
     """
 
     base: Checkpoint
     experts: tuple[Checkpoint, ...]
     layout: Layout
     buffers: tuple[str, ...]
+    factored: bool = False
 
     @property
     def dtype(self) -> str:
@@ -86,12 +90,17 @@ def open_models(base: str, experts: Sequence[tuple[str, str]], where: str = "mod
         raise ModelError("\n".join([str(error), *_unreadable(experts, where)])) from error
     opened: list[Checkpoint] = []
     problems: list[str] = []
+    known = {_tokenizer_digest(origin.directory)}  # adapters often bring the base's own file
     for name, source in experts:
         path = f"{where}.experts.{name}"
         try:
             expert = _open_expert(source, name, origin, path)
             problems.extend(_differences(origin, expert, path))
-            problems.extend(_vocabulary_differences(vocabulary, expert.directory, path))
+            digest = _tokenizer_digest(expert.directory)
+            if not digest or digest not in known:
+                found = list(_vocabulary_differences(vocabulary, expert.directory, path))
+                problems.extend(found)
+                known |= set() if found else {digest}
             opened.append(expert)
         except ModelError as error:
             problems.append(str(error))
@@ -251,6 +260,15 @@ def vocabulary_difference(base: Path, other: Path, where: str) -> str | None:
         ModelError: a tokenizer.json is damaged.
     """
     return next(iter(_vocabulary_differences(_vocabulary(base, where), other, where)), None)
+
+
+def _tokenizer_digest(directory: Path) -> str:
+    """Return a digest of a directory's tokenizer, empty where it has none."""
+    path = directory / "tokenizer.json"
+    try:
+        return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    except OSError:
+        return ""  # absent, or unreadable: reading it says so
 
 
 def _vocabulary(directory: Path, where: str) -> dict[str, int] | None:

@@ -25,7 +25,7 @@ from evomerge.merge.writer import (
 from evomerge.mergekit_yaml import mergekit_config
 from evomerge.model_search import find_models
 from evomerge.models import Models, open_models
-from evomerge.recipe import ModelRef, Recipe
+from evomerge.recipe import ModelRef, Recipe, listed
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 #: Names of dtypes on the command line.
@@ -79,7 +79,7 @@ class Merged:
 
     def line(self) -> str:
         """Return it in one line."""
-        experts = ", ".join(expert.name for expert in self.recipe.experts)
+        experts = listed([expert.name for expert in self.recipe.experts])
         return (
             f"wrote {self.out}: {self.recipe.method} of {experts}; {self.bytes / 1e9:.2f} GB in "
             f"{self.seconds:.1f} s"

@@ -29,7 +29,9 @@ from evomerge.fitness_file import (
     include_paths,
     task_specs,
 )
+from evomerge.merge.factor_sources import factored
 from evomerge.merge.masses import MASSES_FILE, Progress, stored_masses, task_vector_masses
+from evomerge.merge.methods import METHODS
 from evomerge.merge.sources import Sources
 from evomerge.merge.writer import COMPANIONS
 from evomerge.models import Models, open_models
@@ -53,7 +55,7 @@ from evomerge.search_facts import (
 )
 from evomerge.space import Space
 from evomerge.starting import start_baseline
-from evomerge.study_space import baselines_of, columns_of, space_of
+from evomerge.study_space import baseline_warnings, baselines_of, columns_of, space_of
 from evomerge.trial import WorkerFactory
 from evomerge.worker import ModelWorkerFactory, load_tokenizer
 
@@ -215,6 +217,10 @@ def prepare(file: StudyFile, path: Path, progress: Progress = lambda done, total
     models = found.get("models")
     if isinstance(models, Models):
         base = models.base.directory
+        if file.space.method in METHODS and METHODS[file.space.method].adapters:
+            opened = models
+            attempt("models", lambda: factored(opened))
+            models = found["models"]
         attempt("tokenizer", lambda: load_tokenizer(base))
     tasks, estimate = found.get("tasks"), ""
     if isinstance(tasks, Composite):
@@ -262,6 +268,7 @@ def prepare(file: StudyFile, path: Path, progress: Progress = lambda done, total
         warnings=(
             *study_warnings(file, space, splits, search_size(file, space, splits)),
             *averaged,
+            *baseline_warnings(file),
             *capacity_warnings(file.pool, models, space.dtype),
         ),
         estimate=estimate,
@@ -289,6 +296,7 @@ def _open(file: StudyFile, root: Path) -> Models:
 
 def _factory(file: StudyFile, root: Path, space: Space) -> ModelWorkerFactory:
     return ModelWorkerFactory(
+        factored=METHODS[file.space.method].adapters,
         base=resolve_source(file.models.base, root),
         experts=tuple(
             (name, resolve_source(source, root)) for name, source in file.models.experts.items()

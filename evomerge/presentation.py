@@ -14,6 +14,7 @@ from evomerge.gain import best_expert, gains, trial_name
 from evomerge.journal import JOURNAL
 from evomerge.lineage import lineage_html
 from evomerge.projection import Projection
+from evomerge.recipe import listed
 from evomerge.redaction import redacted
 from evomerge.study_series import Series
 from evomerge.study_view import StudyView
@@ -184,7 +185,7 @@ def _words(view: StudyView) -> Iterator[str]:
     contract, counts = view.contract, view.counts
     if view.trials:
         recipe = view.trials[-1].recipe
-        experts = ", ".join(expert.name for expert in recipe.experts)
+        experts = listed([expert.name for expert in recipe.experts])
         yield (
             f"Searched: {contract['dimension']} coefficients of `{recipe.method}` in "
             f"{len(recipe.table)} blocks (`{recipe.partition}`), of the experts {experts}. "

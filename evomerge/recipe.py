@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -177,6 +177,13 @@ class Recipe:
     def load(path: Path) -> Recipe:
         """Read a recipe file."""
         return Recipe.from_json(path.read_text(encoding="utf-8"), where=str(path))
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """Return names for a sentence; of many the first, and how many more there are."""
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[: most // 2])} and {len(names) - most // 2} more"
 
 
 def _ref_dict(ref: ModelRef) -> dict[str, str]:

@@ -14,7 +14,7 @@ from evomerge.fitness.protocol import Live
 from evomerge.fitness_file import goal_specs, include_paths, task_specs
 from evomerge.merge.change import Change, coefficient_norm
 from evomerge.merge.engine import Engine
-from evomerge.merge.merger import Merger
+from evomerge.merge.merger import Merger, alone, models_of
 from evomerge.merge.residency import Residency
 from evomerge.models import Models, open_models
 from evomerge.recipe import Recipe
@@ -148,6 +148,9 @@ def rescore(
     device = choose_device(settings.device)
     experts = [("adapter", str(adapter))] if adapter is not None else []
     own = open_models(str(directory), experts, "export")
+    if recipe is not None:  # what was merged as factors is scored from factors
+        own = models_of(recipe, own) if adapter is not None else own
+        models = None if models is None else models_of(recipe, models)
     origin = own if models is None else models
     dtype = recipe.dtype if adapter is not None and recipe is not None else own.dtype
     auto = scored_class(own.base.config)
@@ -170,7 +173,7 @@ def rescore(
     )  # fmt: skip
     if adapter is not None:
         # Attaching may have left a reference's weights; this writes all of them.
-        _whole_expert(Engine(Merger(own, settings.threads), live, Residency.DISK), own, 0, dtype)
+        Engine(Merger(own, settings.threads), live, Residency.DISK).apply(alone(own, 0, dtype))
     elif models is not None:
         live.load_state_dict(live_model(own, auto, dtype, device).state_dict())
     scores = scorer.score([tuple(items[one.name]) for one in fitness.objectives])
@@ -203,7 +206,7 @@ class _References:
         assert self._models is not None
         names = [expert.name for expert in self._models.experts]
         which = None if name == "base" else names.index(name)
-        _whole_expert(self._engine, self._models, which, self._dtype)
+        self._engine.apply(alone(self._models, which, self._dtype))
 
     def distance(self, norm: str) -> float:
         """Return how far the live model is from the base."""
@@ -212,20 +215,3 @@ class _References:
             assert self._recipe is not None
             return coefficient_norm(merger, self._recipe)
         return Change(merger, self._live).relative()
-
-
-def _whole_expert(engine: Engine, models: Models, which: int | None, dtype: str) -> None:
-    """Write an expert into a live model, or the base where ``which`` is None."""
-    base, experts = models.refs
-    engine.apply(
-        Recipe(
-            method="task_arithmetic",
-            base=base,
-            experts=experts,
-            partition="model",
-            layout=models.layout.digest,
-            columns=tuple(f"weight.{expert.name}" for expert in experts),
-            table=(tuple(float(number == which) for number in range(len(experts))),),
-            dtype=dtype,
-        )
-    )

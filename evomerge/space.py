@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,6 +92,8 @@ class Space:
         seed: of random masks; the same for all candidates, so that they are compared under
             common random numbers.
         dtype: safetensors name of the dtype that is scored and exported.
+        canonical: of rows that are the same merge the one that recipes hold, from the names of
+            the columns and a row; None where no two rows are.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Space:
         options: Mapping[str, OptionValue],
         seed: int,
         dtype: str,
+        canonical: Callable[[tuple[str, ...], tuple[float, ...]], tuple[float, ...]] | None = None,
     ) -> None:
         self._columns = dict(columns)
         self._searched = [(n, r) for n, r in self._columns.items() if isinstance(r, Range)]
@@ -113,6 +116,7 @@ class Space:
         self._method, self._partition = method, partition.spec
         self._base, self._experts = base, tuple(experts)
         self._layout, self._seed = layout, seed
+        self._canonical = canonical
         #: safetensors name of the dtype that is scored and exported.
         self.dtype = dtype
         self._options = tuple(sorted(options.items()))
@@ -205,12 +209,24 @@ class Space:
                 _value(item, coordinates) if isinstance(item, Range) else item
                 for item in self._columns.values()
             ]
-            table.append(tuple(row))
+            table.append(self._row(tuple(self._columns), tuple(row)))
         chosen = {
             name: item.values[level_of(next(coordinates), item.levels)]
             for name, item in self._chosen
         }
         return self._recipe(tuple(self._columns), tuple(table), chosen)
+
+    def outside(self, values: Mapping[str, float]) -> Recipe:
+        """Return the recipe with the given columns in every block, wherever the box ends.
+
+        For methods without options; columns that are not named have their default.
+        """
+        row = self._row(tuple(values), tuple(values.values()))
+        return self._recipe(tuple(values), (row,) * len(self._blocks), {})
+
+    def _row(self, columns: tuple[str, ...], row: tuple[float, ...]) -> tuple[float, ...]:
+        """Return a row as recipes hold it."""
+        return row if self._canonical is None else self._canonical(columns, row)
 
     def encode(
         self, values: Mapping[str, float], options: Mapping[str, object] | None = None

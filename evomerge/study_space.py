@@ -10,9 +10,13 @@ from evomerge.errors import InputError, ModelError, suggest
 from evomerge.layout import Partition, parse_spec, partition, resolve_partition
 from evomerge.merge.methods import METHODS, Method, Scope
 from evomerge.models import Models
-from evomerge.search.baselines import Anchored, Baseline, baselines
+from evomerge.search.baselines import Anchored, Baseline, baselines, chosen_experts
 from evomerge.space import Choices, Range, Space
 
+#: Of many adapters so many are scored alone: what a generation of Evo-Merging costs.
+_ALONE = 20
+#: Searchers that only combine what is known.
+MIXING = ("m2n2", "nested_map")
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -41,6 +45,8 @@ def columns_of(file: StudyFile) -> dict[str, float | Range]:
         raise InputError("\n".join([str(error), *problems])) from error
     experts = tuple(file.models.experts)
     problems += _experts_problem(method, len(experts))
+    problems += _partition_problem(file, method)
+    problems += _baseline_problems(file)
     given = {
         name: value
         for name, value in file.space.parameters.items()
@@ -117,6 +123,26 @@ def _experts_problem(method: Method, count: int) -> list[str]:
         limit = f"{low} to {high}" if high is not None else f"at least {low}"
         return [f"models.experts: {method.name} takes {limit} experts, got {count}"]
     return []
+
+
+def _partition_problem(file: StudyFile, method: Method) -> list[str]:
+    if not method.adapters or file.space.partition.strip() == "model":
+        return []
+    return [
+        f"space.partition: {method.name} has one weight and density per adapter, for the whole "
+        f"model; got {file.space.partition} (write partition: model)"
+    ]
+
+
+def _baseline_problems(file: StudyFile) -> list[str]:
+    wanted, experts = file.baselines.experts, file.models.experts
+    if not isinstance(wanted, list):
+        return []
+    return [
+        f"baselines.experts: no expert is named {name!r}{suggest(name, experts)}"
+        for name in wanted
+        if name not in experts
+    ]
 
 
 def _column_value(column: str, value: object, low: float, high: float) -> float | Range:
@@ -210,6 +236,7 @@ def space_of(
         options=_options(file, method),
         seed=file.seed,
         dtype=dtype,
+        canonical=method.canonical,
     )
 
 
@@ -225,11 +252,38 @@ def baselines_of(file: StudyFile, space: Space) -> tuple[Baseline, ...]:
         for chosen in product(*values):
             found = dict(zip(options, chosen, strict=True))
             columns = _anchor_columns(method, experts, weights, found)
-            if columns is not None and space.encode(columns, found) is not None:
+            if columns is not None and (
+                method.adapters or space.encode(columns, found) is not None
+            ):
                 return columns, found
         return None
 
-    return baselines(space, experts, anchor, file.baselines.task_arithmetic)
+    return baselines(
+        space, experts, anchor, file.baselines.task_arithmetic,
+        scored_alone(file), method.adapters,
+    )  # fmt: skip
+
+
+def scored_alone(file: StudyFile) -> tuple[str, ...]:
+    """Return the experts that are baselines."""
+    wanted, experts = file.baselines.experts, tuple(file.models.experts)
+    if wanted == "auto":
+        mixed = file.search.searcher in MIXING
+        wanted = _ALONE if method_of(file).adapters and not mixed else "all"
+    return chosen_experts(experts, wanted)
+
+
+def baseline_warnings(file: StudyFile) -> list[str]:
+    """Return which experts are not scored alone, where the study file does not name them."""
+    experts, chosen = tuple(file.models.experts), scored_alone(file)
+    if isinstance(file.baselines.experts, list) or len(chosen) == len(experts):
+        return []
+    shown = ", ".join(chosen[:3]) + (", ..." if len(chosen) > 3 else "")
+    return [
+        f"baselines.experts: {len(chosen)} of {len(experts)} experts are scored alone, evenly "
+        f"spaced in their order ({shown or 'none'}); the best one may be among the others (all, "
+        "or names, to choose)"
+    ]
 
 
 def _anchor_columns(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -39,6 +40,8 @@ _SECRETS = (
     "HF_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN",
     "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
 )  # fmt: skip
+#: Models of one folder that are noted one by one.
+_SINGLY = 8
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -133,27 +136,11 @@ def pack(file: StudyFile, path: Path, folder: Path) -> Package:
 
 def _for_cluster(file: StudyFile, root: Path) -> tuple[StudyFile, tuple[str, ...]]:
     """Return the file with the same models and tracking wherever it is read, and notes on them."""
-    notes: list[str] = []
-
-    def placed(where: str, source: str) -> str:
-        resolved = resolve_source(source, root)
-        if Path(resolved).is_absolute() or resolved.startswith("~"):
-            here = "" if is_local(resolved) else ", and it does not exist on this machine"
-            notes.append(
-                f"models.{where}: weights are not sent; {resolved} must be there on every machine "
-                f"of the cluster{here} (a shared volume, or a hub id instead)"
-            )
-        return resolved
-
-    models = file.models.model_copy(
-        update={
-            "base": placed("base", file.models.base),
-            "experts": {
-                name: placed(f"experts.{name}", source)
-                for name, source in file.models.experts.items()
-            },
-        }
-    )
+    base = resolve_source(file.models.base, root)
+    experts = {name: resolve_source(one, root) for name, one in file.models.experts.items()}
+    models = file.models.model_copy(update={"base": base, "experts": experts})
+    named = {"base": base, **{f"experts.{name}": one for name, one in experts.items()}}
+    notes = _not_sent(named)
     uri = file.tracking.uri
     if uri:  # it is sent even where it is not used
         tracking_target(uri, file.tracking.experiment, root)  # refuses passwords in it
@@ -180,6 +167,29 @@ def _for_cluster(file: StudyFile, root: Path) -> tuple[StudyFile, tuple[str, ...
         )
     update = {"models": models, "directory": str(file.directory)}
     return file.model_copy(update=update), tuple(notes)
+
+
+def _not_sent(sources: Mapping[str, str]) -> list[str]:
+    """Return which models must be on the cluster, folders of many in one line."""
+    local = {
+        where: source
+        for where, source in sources.items()
+        if Path(source).is_absolute() or source.startswith("~")
+    }
+    folders = Counter(str(Path(source).parent) for source in local.values())
+    notes: dict[str, None] = {}
+    for where, source in local.items():
+        folder = str(Path(source).parent)
+        count = folders[folder]
+        what, shown = f"models.{where}", source
+        if count > _SINGLY:
+            what, shown = f"models: {count} of them", folder
+        here = "" if is_local(shown) else ", and it does not exist on this machine"
+        notes[
+            f"{what}: weights are not sent; {shown} must be there on every machine of the "
+            f"cluster{here} (a shared volume, or a hub id instead)"
+        ] = None
+    return list(notes)
 
 
 def _files(file: StudyFile, root: Path) -> tuple[Path, ...]:

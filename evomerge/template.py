@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 
 def study_template(
-    base: str | None, experts: Sequence[tuple[str, str]], tasks: Sequence[str]
+    base: str | None,
+    experts: Sequence[tuple[str, str]],
+    tasks: Sequence[str],
+    adapters: tuple[str, int] | None = None,
 ) -> str:
     """Return a study file to edit; it loads as it stands once the models exist.
 
@@ -15,13 +18,29 @@ def study_template(
         base: directory or hub id, None for a placeholder.
         experts: (name, directory or hub id); placeholders where empty.
         tasks: lm-eval task names; two that run no code where empty.
+        adapters: a folder of LoRA adapters and how many it holds, instead of experts: they are
+            merged as factors.
     """
     named = list(experts) or [("math", "models/math"), ("code", "models/code")]
     expert_lines = "\n".join(f"    {_text(name)}: {_text(source)}" for name, source in named)
     task_lines = "\n".join(f"    - {_task(task)}" for task in tasks or list(_TASKS))
+    comment = "  # Fine-tunes of that base, with short names. Their order is kept.\n"
+    parts = {"experts": f"{comment}  experts:\n{expert_lines}", "space": _SPACE, "search": _SEARCH}
+    scales = "[0.3, 0.5, 0.7, 0.9, 1.1]"
+    if adapters is not None:
+        folder, count = adapters
+        trials = max(150, 1200 * count // 100)
+        comment = "  # Adapters of that base: every subfolder is one, by its name.\n"
+        parts = {
+            "experts": f"{comment}  experts: {_text(folder)}",
+            "space": _FACTORS,
+            "search": _EVO_MERGING.format(trials=trials),
+        }
+        scales = f"[{1 / count:.2g}, {4 / count:.2g}]"
     return _TEMPLATE.format(
-        base=_text(base or "models/base"), experts=expert_lines, tasks=task_lines
-    )
+        base=_text(base or "models/base"), tasks=task_lines, scales=scales,
+        grid=_ROOTS if adapters is not None else _GRID, **parts,
+    )  # fmt: skip
 
 
 #: Tasks with several metrics or filters, and the choice that is usually reported.
@@ -41,6 +60,44 @@ def _text(value: str) -> str:
     return value if plain and not value[0].isdigit() and "." not in value[:1] else json.dumps(value)
 
 
+_SPACE = """\
+  # evomerge list methods
+  method: task_arithmetic
+  # Which tensors share coefficients: model, layer, module, tensor.
+  partition: layer
+  parameters:
+    # {low, high} is searched for every block (and expert); a plain number is fixed.
+    weight: {low: 0.0, high: 1.5}"""
+
+_FACTORS = """\
+  # A = sum of weight x (its largest entries), B = sum of weight x B: one adapter of their rank
+  # (Evo-Merging; LoraHub with density: 1). All adapters need equal modules, rank and lora_alpha.
+  method: lora_factors
+  partition: model
+  parameters:
+    weight: {low: -1.5, high: 1.5}
+    density: {low: 0.0, high: 1.0}"""
+
+_SEARCH = """\
+  # evomerge list searchers
+  searcher: auto             # by trials, coefficients and objectives; check says which
+  trials: 150"""
+
+_EVO_MERGING = """\
+  # CMA-ES, first on densities, then on weights; stages: joint, scale or denoise instead.
+  # density_l1 and weight_l1 (0.05) are added to the loss, which was cross-entropy in nats.
+  searcher: evo_merging
+  arguments: {{stages: both}}
+  trials: {trials}"""
+
+_GRID = """\
+  # Base, experts and uniform average are always scored. These scales of the summed task
+  # vectors too:"""
+
+_ROOTS = """\
+  # Base, experts and the uniform average (every weight 1/N) are always scored. Every weight the
+  # root of these too, because weights act squared: each adapter's own change so many times."""
+
 _TEMPLATE = """\
 # An evomerge study. Check it: evomerge check THIS_FILE    Run it: evomerge run THIS_FILE
 # Relative paths start from this file's folder. All keys: evomerge schema
@@ -50,18 +107,10 @@ seed: 0
 models:
   # Directory with safetensors weights, or hub id (owner/name[@revision]).
   base: {base}
-  # Fine-tunes of that base, with short names. Their order is kept.
-  experts:
 {experts}
 
 space:
-  # evomerge list methods
-  method: task_arithmetic
-  # Which tensors share coefficients: model, layer, module, tensor.
-  partition: layer
-  parameters:
-    # {{low, high}} is searched for every block (and expert); a plain number is fixed.
-    weight: {{low: 0.0, high: 1.5}}
+{space}
   # dtype: bfloat16          # of the merged model; the base's where absent
 
 fitness:
@@ -90,18 +139,16 @@ fitness:
   batch_size: 64
 
 search:
-  # evomerge list searchers
-  searcher: auto             # by trials, coefficients and objectives; check says which
-  trials: 150
+{search}
   # items: 20000             # item evaluations of all trials, instead of trials or beside them
   # racing: {{}}               # stop trials early that cannot reach the front any more
   # parallel: 4              # outstanding trials; twice the workers where absent
   finalists: 12              # re-scored on the validation items
 
 baselines:
-  # Base, experts and uniform average are always scored. These scales of the summed task
-  # vectors too:
-  task_arithmetic: [0.3, 0.5, 0.7, 0.9, 1.1]
+{grid}
+  task_arithmetic: {scales}
+  # experts: 20              # scored alone: auto, all, names, or at most so many
 
 pool:
   kind: ray                  # or serial, in this process

@@ -17,7 +17,8 @@ from evomerge.loading import loading_turn
 from evomerge.memory import available_bytes, neighbours
 from evomerge.merge.change import Change, coefficient_norm
 from evomerge.merge.engine import Engine
-from evomerge.merge.merger import Merger
+from evomerge.merge.factor_sources import factored
+from evomerge.merge.merger import Merger, alone
 from evomerge.merge.residency import Needs, Room, choose
 from evomerge.models import Models, open_models
 from evomerge.pool import one_line, out_of_memory
@@ -57,6 +58,7 @@ class ModelWorkerFactory:
         gpu_share: part of a GPU that this worker may fill.
         margins: whether the study's estimator needs margins of generated answers.
         batch_found: whether ``batch_tokens`` is what an earlier run of the study found.
+        factored: the experts are adapters that are merged as factors, never folded.
     """
 
     base: str
@@ -76,6 +78,7 @@ class ModelWorkerFactory:
     goals: tuple[GoalSpec, ...] = ()
     margins: bool = False
     batch_found: bool = False
+    factored: bool = False
 
     def __call__(self) -> ModelWorker:
         """Load the models and bind the tasks to them."""
@@ -102,6 +105,8 @@ class ModelWorker:
         self._spec = spec
         self._device = choose_device(spec.device)
         models = open_models(spec.base, spec.experts)
+        if spec.factored:
+            models = factored(models)
         auto = scored_class(models.base.config)
         needs = Needs.of(models, spec.dtype)
         self._residency = choose(spec.residency, needs, measured_room(spec, self._device))
@@ -208,19 +213,9 @@ class ModelWorker:
 
     def _put(self, name: str) -> None:
         """Write the weights of the base or of an expert into the live model."""
-        base, experts = self._models.refs
-        self._apply(
-            Recipe(
-                method="task_arithmetic",
-                base=base,
-                experts=experts,
-                partition="model",
-                layout=self._models.layout.digest,
-                columns=tuple(f"weight.{expert.name}" for expert in experts),
-                table=(tuple(float(expert.name == name) for expert in experts),),
-                dtype=self._spec.dtype,
-            )
-        )
+        names = [expert.name for expert in self._models.experts]
+        which = None if name == "base" else names.index(name)
+        self._apply(alone(self._models, which, self._spec.dtype))
 
     def _distance(self, norm: str) -> float:
         """Return how far the live model is from the base: ``l1`` or ``l2``, see ``Live``."""

@@ -194,15 +194,15 @@ def test_modules_match_a_base_without_the_prefix(
 def test_fold_in_blocks_equals_the_whole(
     save_llama: Callable[..., Path], save_adapter: SaveAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import evomerge.adapter
+    import evomerge.low_rank
 
     base = save_llama("base", 1)
     adapter = save_adapter()
     models = open_models(str(base), [("lora", str(adapter))])
-    whole = {name: fold() for name, fold in models.experts[0].folds.items()}
-    monkeypatch.setattr(evomerge.adapter, "_BLOCK", 50)
+    whole = {name: fold.fold() for name, fold in models.experts[0].folds.items()}
+    monkeypatch.setattr(evomerge.low_rank, "_BLOCK", 50)
     for name, fold in models.experts[0].folds.items():
-        np.testing.assert_array_equal(fold(), whole[name])
+        np.testing.assert_array_equal(fold.fold(), whole[name])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

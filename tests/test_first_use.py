@@ -66,11 +66,13 @@ def test_a_demo_folder_that_is_not_writable_was_a_traceback(
 def test_more_workers_than_processors_were_not_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
     class Layout:
         parameters = 10**9
+        slots = ()
 
     class Some:
         layout = Layout()
         base = type("Base", (), {"tensors": {}})()
         experts = ()
+        factored = False
 
     models: Any = Some()
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

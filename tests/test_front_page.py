@@ -139,6 +139,16 @@ class TestPage:
         assert page["block_count"] == rows
 
 
+def test_the_summary_of_many_columns_names_the_largest() -> None:
+    columns = tuple(f"{kind}.e{k:02d}" for kind in ("weight", "density") for k in range(30))
+    row = tuple([0.01 * k * (-1) ** k for k in range(30)] + [0.5] * 30)
+    many = replace(recipe([(0.0, 0.0, 0.0)]), columns=columns, table=(row,))
+    assert summary(many).endswith(
+        ": e29 -0.29, e28 0.28, e27 -0.27, e26 0.26, e25 -0.25, e24 0.24, e23 -0.23, e22 0.22, and "
+        "52 smaller or other numbers"
+    )
+
+
 def test_the_summary_gives_means_and_ranges() -> None:
     assert summary(recipe([(0.2, 0.5, 0.0), (0.4, 0.5, 0.0)])) == (
         "task_arithmetic: one 0.30 (0.20 to 0.40), two 0.50, three 0.00"

@@ -17,7 +17,16 @@ HEAVY = {"torch", "transformers", "ray", "mlflow", "nevergrad", "pymoo", "lm_eva
 #: Low to high: a module may import modules of its own level and below.
 LEVELS = (
     ("errors",),
-    ("pareto", "blocks", "layout", "strict_yaml", "checkpoint", "atomic_directory", "memory"),
+    (
+        "pareto",
+        "blocks",
+        "layout",
+        "strict_yaml",
+        "low_rank",
+        "checkpoint",
+        "atomic_directory",
+        "memory",
+    ),
     ("loading",),
     ("recipe", "model_settings", "adapter", "models"),
     ("trial", "space", "driver_lock", "journal", "estimate", "item_cache", "racing", "halving"),
@@ -91,6 +100,7 @@ LEVELS = (
         "tokenizer_source",
         "model_search",
         "lora",
+        "factor_adapter",
         "hub",
         "model_card",
         "export_documents",
@@ -98,7 +108,7 @@ LEVELS = (
         "one_shot",
         "directions",
     ),
-    ("objective_sections", "economy_sections", "config"),
+    ("objective_sections", "economy_sections", "expert_folder", "config"),
     (
         "estimation",
         "economy",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.errors import RecipeError
-from evomerge.recipe import ModelRef, Recipe
+from evomerge.recipe import ModelRef, Recipe, listed
 
 BASE = ModelRef("base", "models/base", "f0")
 EXPERTS = (ModelRef("math", "models/math", "f1"), ModelRef("code", "org/code", "f2"))
@@ -68,3 +68,9 @@ def test_refusals() -> None:
         Recipe.from_json(json.dumps(data | {"table": [["x", 1]]}))
     with pytest.raises(RecipeError, match="no column 't' "):
         recipe().column("t")
+
+
+def test_of_many_names_the_first_are_listed() -> None:
+    names = [f"n{number}" for number in range(13)]
+    assert listed(names[:12]).endswith("n10, n11")
+    assert listed(names) == "n0, n1, n2, n3, n4, n5 and 7 more"

@@ -25,7 +25,8 @@ def coefficient_norm(merger: Merger, recipe: Recipe) -> float:
 
     c0 is the coefficient of the base where the merge is linear and c_k that of expert k's task
     vector, so that the base has 0, an expert 1, and every block counts by its size: a finer
-    partition with equal coefficients has the same norm.
+    partition with equal coefficients has the same norm. Of adapters merged as factors it is
+    Σ_k |β_k|, although the weights change with the square of β.
 
     Args:
         merger: over the study's models.
@@ -33,6 +34,8 @@ def coefficient_norm(merger: Merger, recipe: Recipe) -> float:
     """
     plan = merger.plan(recipe)
     spans = merger.partition(recipe.partition).spans
+    if plan.rule is Rule.FACTORS:  # of whole adapters: every slot has them, or none
+        return float(np.abs(plan.weights.astype(np.float64)).max(axis=0).sum())
     slots = merger.layout.slots
     sizes = np.asarray(
         [

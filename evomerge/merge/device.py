@@ -8,6 +8,7 @@ marked tests run it on CUDA).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ import torch
 from evomerge.layout import Partition
 from evomerge.merge.cells import Cells
 from evomerge.merge.device_sources import DeviceSources
+from evomerge.merge.factor_merge import product
 from evomerge.merge.launch import ballots, hash_keys
 from evomerge.merge.plan import (
     HASH_STEP,
@@ -65,6 +67,55 @@ def merge(
                 index = torch.arange(canonical, canonical + count, device=origin.device)
                 merged = _changed(plan, number, origin, experts, index)
             outputs[slot][first : first + count].copy_(merged)
+
+
+def merge_factors(
+    plan: Plan,
+    cut: Partition,
+    sources: DeviceSources,
+    outputs: Sequence[torch.Tensor],
+    spans: npt.NDArray[np.bool_],
+) -> None:
+    """Write merges of adapters as factors; arguments as in ``merge``.
+
+    The factors are summed on the CPU, where they lie; the product is the device's, one rank
+    after the other.
+    """
+    pieces = sources.pieces(cut, _PIECE)
+    work = pieces[spans[pieces[:, 0]]]
+    host, sides = sources.on_host, dict[int, tuple[torch.Tensor, torch.Tensor]]()
+    with ThreadPoolExecutor(sources.threads) as pool:
+        # The sums of later modules are under way while the device works on earlier ones.
+        summed = {
+            number: pool.submit(product, plan, number, cut.spans[number].slot, host)
+            for number in dict.fromkeys(work[:, 0].tolist())
+            if plan.weights[number].any()
+        }
+        for batch in sources.batches(work, np.ones((len(work), 1), np.bool_)):
+            for piece, (number, slot, first, count) in enumerate(batch.work.tolist()):
+                merged = batch.values(piece, 0).float()
+                if number in summed:
+                    left, right = summed.pop(number).result()
+                    sides = {number: (_to(left, merged), _to(right, merged))}
+                if number in sides:
+                    scaling = float(np.float32(host.factors.forms[slot].scaling))
+                    merged = merged + _rows(*sides[number], first, count) * scaling
+                outputs[slot][first : first + count].copy_(merged)
+
+
+def _rows(left: torch.Tensor, right: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    """Return ``count`` elements of left·right from the flat index ``first`` on."""
+    width = right.shape[1]
+    row, stop = first // width, -(-(first + count) // width)
+    total = torch.zeros((stop - row, width), device=left.device)
+    for rank in range(len(right)):
+        # Two steps, because addcmul may fuse the multiplication and the addition.
+        total += left[row:stop, rank, None] * right[rank]
+    return total.view(-1)[first - row * width :][:count]
+
+
+def _to(array: npt.NDArray[np.float32], beside: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(array).to(beside.device)
 
 
 def needed(plan: Plan, work: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

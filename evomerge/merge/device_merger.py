@@ -14,7 +14,7 @@ import torch
 from evomerge.layout import Partition
 from evomerge.merge import device
 from evomerge.merge.device_sources import DeviceSources
-from evomerge.merge.plan import Plan
+from evomerge.merge.plan import Plan, Rule
 
 _LOG = logging.getLogger(__name__)
 
@@ -60,7 +60,9 @@ class DeviceMerger:
         """
         if not spans.any():
             return
-        if self.kernels_of(plan) == "triton":
+        if plan.rule is Rule.FACTORS:
+            device.merge_factors(plan, cut, self.sources, self._outputs, spans)
+        elif self.kernels_of(plan) == "triton":
             self._triton.merge(plan, cut, spans)
         else:
             device.merge(plan, cut, self.sources, self._outputs, spans)

@@ -110,6 +110,7 @@ class DeviceSources:
 
     Attributes:
         brought: bytes brought to the device since the beginning.
+        threads: as given.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class DeviceSources:
         self.widths = [slot.size // max(slot.rows, 1) for slot in sources.layout.slots]
         self._pieces: dict[tuple[int, int], tuple[Partition, I64]] = {}
         self._sources = sources
-        self._threads = threads
+        self.threads = threads
         slots = range(len(sources.layout.slots))
         self._models = range(sources.experts + 1)
         self.dtypes = [tuple(self._stored(slot, m)[1] for m in self._models) for slot in slots]
@@ -153,6 +154,11 @@ class DeviceSources:
                 f"pool.residency: {residency}: the sources do not fit: "
                 f"{str(error).splitlines()[0]} (use residency: host or disk)"
             ) from error
+
+    @property
+    def on_host(self) -> Sources:
+        """The memory-mapped weights behind it; factors of adapters lie there only."""
+        return self._sources
 
     @property
     def held(self) -> tuple[torch.Tensor, ...]:
@@ -210,7 +216,7 @@ class DeviceSources:
         if self.residency is Residency.DEVICE:
             yield Batch(work, self._held, np.where(needed, offsets, -1), self.dtypes, True)
             return
-        with ThreadPoolExecutor(self._threads) as threads:
+        with ThreadPoolExecutor(self.threads) as threads:
             ready: Batch | None = None
             # The next batch is under way before the one that is ready is merged.
             for number, (part, places) in enumerate(self._packed(work, needed)):

@@ -60,7 +60,9 @@ class Engine:
             from evomerge.merge.device_sources import DeviceSources
 
             sources = DeviceSources(merger.sources, device, residency, threads=merger.threads)
-            self._on_device = DeviceMerger(sources, self._targets)
+            # The Triton kernel knows deltas only.
+            triton = False if merger.sources.models.factored else None
+            self._on_device = DeviceMerger(sources, self._targets, triton)
         self.kernels = "cpu" if self._on_device is None else self._on_device.kernels
 
     def apply(self, recipe: Recipe) -> int:
@@ -101,6 +103,8 @@ class Engine:
 
             held = self._on_device.sources.held
             sums = [int(one.view(torch.int64).sum()) for one in held]  # sizes are aligned
+            if self._merger.sources.models.factored:
+                sums += self._merger.sources.factors.checksums()
         else:
             sums = self._merger.sources.checksums()
         return sum((number + 1) * value for number, value in enumerate(sums)) % 2**64

@@ -8,7 +8,8 @@ al. 2023, arXiv 2307.13269):
 S keeps the α_k largest magnitudes of A_k and zeroes the rest; nothing is rescaled, and B is left
 whole ("asymmetric"). This is not a sum of task vectors: ΔW has the cross terms β_i·β_j·B_i·A_j,
 it is quadratic near β = 0, and β and -β give the same model. Hence an engine of its own, whose
-result is one peft adapter.
+result is one peft adapter. This one needs no base and holds everything in memory; studies merge
+by ``factor_sources`` and ``factor_merge``.
 
 Axes: ``N`` adapters, ``r`` rank. All sums run over the adapters upwards, in float32.
 """
@@ -26,7 +27,6 @@ import numpy.typing as npt
 
 from evomerge.adapter import read_factors
 from evomerge.atomic_directory import atomic_directory, require_free, require_space
-from evomerge.checkpoint import TensorEntry, to_float32
 from evomerge.errors import ModelError
 
 F32 = npt.NDArray[np.float32]
@@ -99,14 +99,10 @@ def open_repository(adapters: Sequence[tuple[str, Path]]) -> Repository:
                 )
     modules = {}
     for module in expected:
-        a = np.stack([_matrix(found[module].a) for _, _, found in read])
-        b = np.stack([_matrix(found[module].b) for _, _, found in read])
+        a = np.stack([found[module].a.values() for _, _, found in read])
+        b = np.stack([found[module].b.values() for _, _, found in read])
         modules[module] = Factor(a, b, expected[module].scaling, sorted_magnitudes(a))
     return Repository(tuple(name for name, _ in adapters), modules, config)
-
-
-def _matrix(entry: TensorEntry) -> F32:
-    return to_float32(entry.read(), entry.dtype).reshape(entry.shape)
 
 
 def sorted_magnitudes(a: F32) -> F32:
@@ -174,7 +170,8 @@ def with_fixed_sign(weights: Sequence[float]) -> tuple[float, ...]:
     Weights must have one sign before they are shown, averaged or modelled.
     """
     largest = max(weights, key=abs)
-    return tuple(-weight for weight in weights) if largest < 0.0 else tuple(weights)
+    sign = -1.0 if largest < 0.0 else 1.0
+    return tuple(sign * weight + 0.0 for weight in weights)  # no -0.0: it has another digest
 
 
 def change(repository: Repository, merged: Pairs, module: str) -> F32:

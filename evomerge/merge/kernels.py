@@ -23,6 +23,9 @@ from evomerge.merge.plan import HASH_STEP
 
 TILE = 2048  # elements; (K + 4) float32 tiles stay within the second-level cache
 
+#: Columns of a product at a time: r + 2 rows of them stay within the first-level cache.
+PRODUCT_TILE = 512
+
 #: Codes of the dtypes in the kernels' tables.
 CODES = {"F32": 0, "BF16": 1, "F16": 2}
 
@@ -357,6 +360,82 @@ def run_rule(
                 _store(out[slot], out_code, first, count, total, total_bits)
             first += count
             left -= count
+
+
+@jit
+def sum_factors(addresses, codes, weights, cuts, half, total):
+    """Add weight·x of every adapter to ``total``, where |x| reaches the adapter's cut.
+
+    Args:
+        addresses: of one factor in each adapter [N].
+        codes: dtype codes [N].
+        weights: β [N]; adapters with 0 are left out.
+        cuts: smallest magnitude that stays [N].
+        half: ``HALF``.
+        total: zeros, as many as the factor has elements.
+    """
+    tile = np.empty(TILE, np.float32)
+    bits = tile.view(np.uint32)
+    first = 0
+    while first < len(total):
+        count = min(len(total) - first, TILE)
+        part = total[first : first + count]
+        for k in range(len(weights)):
+            weight, cut = weights[k], cuts[k]
+            if weight != np.float32(0.0):
+                _load(addresses[k], codes[k], first, count, half, tile, bits)
+                for i in range(count):
+                    kept = tile[i] if np.abs(tile[i]) >= cut else np.float32(0.0)
+                    part[i] = part[i] + weight * kept
+        first += count
+
+
+@jit
+def copy_rounded(base, base_code, out, out_code, size, half):
+    """Write the base, rounded once where the output's dtype is another."""
+    tile = np.empty(TILE, np.float32)
+    bits = tile.view(np.uint32)
+    first = 0
+    while first < size:
+        count = min(size - first, TILE)
+        _load(base, base_code, first, count, half, tile, bits)
+        _store(out, out_code, first, count, tile, bits)
+        first += count
+
+
+@jit
+def add_product(base, base_code, out, out_code, left, right, scaling, half):
+    """Write W0 + s·(left·right) for some rows of a slot: ``LowRank.fold``, and the one rounding.
+
+    Args:
+        base: address of the first of these rows in the base.
+        base_code: its dtype code.
+        out: address of the first of these rows in the output.
+        out_code: its dtype code.
+        left: of these rows [rows, r].
+        right: [r, columns].
+        scaling: s, float32.
+        half: ``HALF``.
+    """
+    total = np.empty(PRODUCT_TILE, np.float32)
+    origin = np.empty(PRODUCT_TILE, np.float32)
+    bits, origin_bits = total.view(np.uint32), origin.view(np.uint32)
+    columns = right.shape[1]
+    first = 0
+    while first < columns:
+        count = min(columns - first, PRODUCT_TILE)
+        for row in range(len(left)):
+            total[:count] = np.float32(0.0)
+            for rank in range(len(right)):
+                factor, line = left[row, rank], right[rank, first : first + count]
+                for i in range(count):
+                    total[i] = total[i] + factor * line[i]
+            at = row * columns + first
+            _load(base, base_code, at, count, half, origin, origin_bits)
+            for i in range(count):
+                total[i] = origin[i] + scaling * total[i]
+            _store(out, out_code, at, count, total, bits)
+        first += count
 
 
 @jit

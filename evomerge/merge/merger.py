@@ -11,10 +11,13 @@ import numpy.typing as npt
 from evomerge.checkpoint import MERGEABLE
 from evomerge.errors import RecipeError, suggest
 from evomerge.layout import Partition, partition
+from evomerge.merge import factor_merge
 from evomerge.merge.cells import Cells
+from evomerge.merge.factor_sources import factored
 from evomerge.merge.launch import Tables, launch
 from evomerge.merge.methods import METHODS
-from evomerge.merge.plan import Plan
+from evomerge.merge.methods.lora_factors import LORA_FACTORS
+from evomerge.merge.plan import Plan, Rule
 from evomerge.merge.sources import Bits, Sources
 from evomerge.merge.stats import Stats
 from evomerge.models import Models
@@ -43,6 +46,15 @@ class Merger:
         self._partitions: dict[str, Partition] = {}
         self._work: dict[tuple[str, Cells | None], tuple[I64, I64]] = {}
 
+    @staticmethod
+    def of(recipe: Recipe, models: Models, threads: int = 1) -> Merger:
+        """Return a merger for one recipe: its experts stay factors where its method takes them.
+
+        Raises:
+            ModelError: the method takes adapters of equal form, and they are not.
+        """
+        return Merger(models_of(recipe, models), threads)
+
     def partition(self, spec: str) -> Partition:
         """Return a partition of the layout, built once."""
         if spec not in self._partitions:
@@ -67,6 +79,11 @@ class Merger:
         for name, _ in recipe.options:
             if name not in options:
                 raise RecipeError(f"options: {method.name} has no {name!r}{suggest(name, options)}")
+        if self._models.factored and not method.adapters:
+            raise RecipeError(
+                f"method: {method.name} needs whole experts, and these are kept as factors "
+                "(give a recipe of lora_factors)"
+            )
         return method.plan(recipe, self.partition(recipe.partition), self.stats)
 
     def _require_same_models(self, recipe: Recipe) -> None:
@@ -104,6 +121,9 @@ class Merger:
         wanted = np.asarray([outputs[span.slot] is not None for span in cut.spans])
         if spans is not None:
             wanted &= spans
+        if plan.rule is Rule.FACTORS:
+            factor_merge.merge(plan, cut, self.sources, outputs, dtype, wanted, self.threads)
+            return
         pieces, owners = self._pieces(spec, plan.cells)
         work = pieces if wanted.all() else pieces[wanted[owners]]
         if len(work):
@@ -142,6 +162,33 @@ class Merger:
         with ThreadPoolExecutor(self.threads) as threads:
             for done in [threads.submit(launch, plan, tables, part) for part in parts]:
                 done.result()
+
+
+def models_of(recipe: Recipe, models: Models) -> Models:
+    """Return models in the form that a recipe's method takes: with experts as factors, or whole.
+
+    Raises:
+        ModelError: the method takes adapters of equal form, and they are not.
+    """
+    method = METHODS.get(recipe.method)
+    if method is None or not method.adapters or models.factored:
+        return models
+    return factored(models)
+
+
+def alone(models: Models, expert: int | None, dtype: str) -> Recipe:
+    """Return one expert as a recipe, or the base where ``expert`` is None."""
+    base, experts = models.refs
+    return Recipe(
+        method=LORA_FACTORS.name if models.factored else "task_arithmetic",
+        base=base,
+        experts=experts,
+        partition="model",
+        layout=models.layout.digest,
+        columns=tuple(f"weight.{one.name}" for one in experts),
+        table=(tuple(float(number == expert) for number in range(len(experts))),),
+        dtype=dtype,
+    )
 
 
 def _repeated(counts: I64) -> tuple[I64, I64]:

@@ -38,6 +38,7 @@ class Rule(IntEnum):
     NEARSWAP = 3  # clip(t/|δ|, 0, 1)·δ
     RAM = 4  # mean over the experts that changed the element
     CONSENSUS = 5  # Σ c·δ where enough experts agree that it is theirs
+    FACTORS = 6  # s·(Σ c·B)(Σ c·S(A)) of LoRA adapters; never in the kernels of deltas
 
 
 class Elect(IntEnum):
@@ -223,6 +224,7 @@ class Plan:
     Sum:      W = W0 + Σ_k c[k]·select(δ_k).
     Elected:  W = W0 + scale·(Σ_k c[k]·x_k / divisor) over the experts whose x_k = select(δ_k)
               has the elected sign.
+    Factors:  W = W0 + s·(Σ_k c[k]·B_k)·(Σ_k c[k]·A_k[|A_k| >= shares[k]]), one span per slot.
     The other rules are in ``Rule``; they give W = W0 + scale·change.
     Everywhere experts with c = 0 are skipped, and where all are the base stays as it is.
 
@@ -234,7 +236,8 @@ class Plan:
         divisor: what the sum is divided by; an empty divisor counts as one.
         zero_sum: the rule for a drawn election.
         scale: lambda [S]; linear and sum plans have it in ``weights``.
-        shares: what each expert adds to the divisor [S, K].
+        shares: what each expert adds to the divisor [S, K]; of FACTORS the smallest |A| that
+            stays.
         select: which elements stay; None for all.
         joint: which stay for all experts at once; before ``select``, None for all.
         important: which stay by importance, of a single expert; None for all.

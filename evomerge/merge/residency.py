@@ -19,6 +19,7 @@ from enum import StrEnum
 
 from evomerge.checkpoint import ITEM_BYTES
 from evomerge.errors import InputError
+from evomerge.merge.factor_sources import stored_bytes
 from evomerge.models import Models
 
 #: One staging buffer: far above what hides the latency of a copy, far below any model.
@@ -42,7 +43,7 @@ class Needs:
     """Bytes of one worker.
 
     Attributes:
-        sources: base and experts.
+        sources: base and experts, or base and factors of the adapters.
         working: the live model.
         staging: two buffers on the device; as much again in pinned memory for ``disk``.
     """
@@ -59,11 +60,7 @@ class Needs:
             models: that are merged.
             dtype: safetensors name of the live model's dtype.
         """
-        sources = sum(
-            slot.size * ITEM_BYTES[model.tensors[slot.name].dtype]
-            for slot in models.layout.slots
-            for model in (models.base, *models.experts)
-        )
+        sources = stored_bytes(models)
         working = models.layout.parameters * ITEM_BYTES[dtype]
         return Needs(sources, working, 2 * min(STAGING_BYTES, sources))
 

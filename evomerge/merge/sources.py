@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from evomerge.checkpoint import Checkpoint
 from evomerge.checkpoint import to_float32 as to_float32
 from evomerge.errors import ModelError, StorageError
 from evomerge.layout import Layout
+from evomerge.merge.factor_sources import FactorSources
 from evomerge.merge.plan import KEYS
 from evomerge.models import Models
 
@@ -28,6 +30,7 @@ class Sources:
     memory of one. What an adapter changes is folded when it is first asked for, and kept in an
     unnamed temporary file of its own, so that its pages can leave memory like those of a
     checkpoint; that file needs four bytes per changed element in the temporary directory.
+    Experts that are merged as factors are never folded: they are in ``factors``.
 
     Args:
         models: validated and compared.
@@ -36,14 +39,24 @@ class Sources:
     def __init__(self, models: Models) -> None:
         self.models = models
         self.layout: Layout = models.layout
-        self._checkpoints: tuple[Checkpoint, ...] = (models.base, *models.experts)
+        experts = () if models.factored else models.experts
+        self._checkpoints: tuple[Checkpoint, ...] = (models.base, *experts)
         #: By the model's place (the base is first) and slot; names are the user's.
         self._maps: dict[tuple[int, int], Bits] = {}
 
     @property
     def experts(self) -> int:
-        """K."""
-        return len(self.models.experts)
+        """K; 0 where the experts are merged as factors."""
+        return len(self._checkpoints) - 1
+
+    @cached_property
+    def factors(self) -> FactorSources:
+        """The factors of the experts.
+
+        Raises:
+            ModelError: they are no adapters of equal form.
+        """
+        return FactorSources(self.models)
 
     def base(self, slot: int) -> tuple[Bits, str]:
         """Return the bits and dtype of the base's slot."""
@@ -72,6 +85,8 @@ class Sources:
             for slot in range(len(self.layout.slots)):
                 bits, _ = self._get(model, slot)
                 self._maps[model, slot] = np.array(bits)
+        if self.models.factored:
+            self.factors.hold()
 
     def checksums(self) -> list[int]:
         """Return the sum of the bits of every slot of every model, modulo 2^64."""
@@ -86,7 +101,7 @@ class Sources:
                     part = raw[first : min(first + _CHECKED_BYTES, whole)]
                     total += int(part.view(np.uint64).sum(dtype=np.uint64))
                 sums.append(total % 2**64)
-        return sums
+        return [*sums, *(self.factors.checksums() if self.models.factored else ())]
 
     def histogram(self, slot: int, k: int) -> npt.NDArray[np.int64]:
         """Return the counts of the magnitude keys of expert k's delta [KEYS]."""
@@ -122,6 +137,8 @@ class Sources:
                     )
         if problems:
             raise ModelError("\n".join(problems) + "\n(the checkpoint is damaged: save it again)")
+        if self.models.factored:
+            self.factors.require_finite()
 
 
 def _spilled(bits: Bits) -> Bits:

@@ -102,7 +102,7 @@ def write_checkpoint(
             f"got {max_memory_bytes / 1e6:g} MB"
         )
     require_companions(models.base)
-    merger = Merger(models, threads)
+    merger = Merger.of(recipe, models, threads)
     plan = merger.plan(recipe)
     if plan.rule is not Rule.LINEAR or plan.cells is not None:
         # What is selected may leave out the NaN whose tensor it was selected from.

@@ -1,7 +1,7 @@
 """Evo-Merging: denoise each expert by its density, then scale it by a signed weight.
 
 Two searches by CMA-ES, one after the other, each with its L1 term (the published code of
-Evo-Merging, which merges LoRA adapters as factors; ``merge.factors`` does that):
+Evo-Merging, which merges LoRA adapters as factors: method ``lora_factors``):
 
     stage 1   min over α in [0, 1]^N      loss + λ·mean|α|    with every weight 1/N
     stage 2   min over β in [-1.5, 1.5]^N loss + λ·mean|β|    with the best α of stage 1

@@ -53,7 +53,7 @@ MERGING: Mapping[str, SearcherEntry] = MappingProxyType(
         "evo_merging": SearcherEntry(
             "evo_merging",
             "pycma",
-            "Evo-Merging: CMA-ES on densities, then on signed weights; for breadcrumbs, gamma: 0",
+            "Evo-Merging: CMA-ES on densities, then on signed weights; for lora_factors",
             multi_objective=False,
             generational=True,
             arguments={

@@ -31,7 +31,7 @@ from synthetic_models import parse_count, save_models, shape_of
 
 from evomerge.bench import synchronize
 from evomerge.merge.merger import Merger
-from evomerge.merge.methods import METHODS
+from evomerge.merge.methods import METHODS, OF_WEIGHTS
 from evomerge.merge.residency import Residency
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def main(
             "merge_speed.py)"
         )
     device = torch.device("cuda")
-    chosen = methods.split(",") if methods else list(METHODS)
+    chosen = methods.split(",") if methods else list(OF_WEIGHTS)
     names = [name for name in chosen if count_for(METHODS[name], experts) is not None]
     shape = shape_of(parse_count(parameters))
     facts: dict[str, Any] = {

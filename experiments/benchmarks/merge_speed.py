@@ -31,7 +31,7 @@ from apply_speed import Applied, count_for, forget, measure_apply, measure_layou
 from disk_speed import ToDisk, measure_disk
 from synthetic_models import parse_count, save_models, shape_of
 
-from evomerge.merge.methods import METHODS
+from evomerge.merge.methods import METHODS, OF_WEIGHTS
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -55,7 +55,7 @@ def main(
     disk_methods: str, repeats: int, disk_repeats: int, mergekit: str | None,
     layout_only: str | None, folder: str | None, markdown: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    chosen = methods.split(",") if methods else list(METHODS)
+    chosen = methods.split(",") if methods else list(OF_WEIGHTS)
     names = [name for name in chosen if count_for(METHODS[name], experts) is not None]
     facts: dict[str, Any] = {"machine": machine(mergekit), "threads": threads, "experts": experts}
     facts["left_out"] = [f"{name}: needs more experts" for name in chosen if name not in names]

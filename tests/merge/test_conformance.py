@@ -15,7 +15,7 @@ from evomerge.layout import partition
 from evomerge.merge import merger as merger_module
 from evomerge.merge import reference
 from evomerge.merge.merger import Merger
-from evomerge.merge.methods import METHODS, Scope
+from evomerge.merge.methods import METHODS, OF_WEIGHTS, Scope
 from evomerge.models import Models, open_models
 from evomerge.recipe import Recipe
 
@@ -100,14 +100,14 @@ def slot(models: Models, name: str) -> int:
     return [s.name for s in models.layout.slots].index(f"model.layers.{name}.weight")
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(OF_WEIGHTS))
 def test_awkward_tensors_give_finite_weights(models: Models, method: str) -> None:
     chosen = of(models, method)
     for output in merged(chosen, recipe_of(chosen, method, {})):
         assert np.isfinite(output).all()
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"passthrough", "linear"}))
+@pytest.mark.parametrize("method", sorted(set(OF_WEIGHTS) - {"passthrough", "linear"}))
 def test_what_no_expert_changed_stays_the_base(models: Models, method: str) -> None:
     chosen = of(models, method)
     number = slot(models, "1.same")
@@ -116,7 +116,7 @@ def test_what_no_expert_changed_stays_the_base(models: Models, method: str) -> N
     np.testing.assert_allclose(output, base, rtol=3e-7, atol=0)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(OF_WEIGHTS))
 def test_threads_and_pieces_do_not_change_a_bit(
     models: Models, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +129,7 @@ def test_threads_and_pieces_do_not_change_a_bit(
             np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(OF_WEIGHTS))
 def test_a_b_a_gives_a_and_only_changed_spans_are_written(models: Models, method: str) -> None:
     chosen = of(models, method)
     tool = Merger(chosen)
@@ -149,7 +149,7 @@ def test_a_b_a_gives_a_and_only_changed_spans_are_written(models: Models, method
         assert tool.plan(second).changed(last).any()
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(OF_WEIGHTS))
 def test_the_order_of_experts_is_irrelevant_or_declared(models: Models, method: str) -> None:
     if METHODS[method].experts[1] is not None or method in ORDERED:
         pytest.skip("the definition names its models one by one, or hashes their position")
@@ -245,7 +245,7 @@ def test_rank_bands_contain_trimming(models: Models) -> None:
 @pytest.mark.slow
 def test_every_parameter_matters(models: Models) -> None:
     """A declared parameter that changes nothing would be a search dimension for nothing."""
-    for method, declared in METHODS.items():
+    for method, declared in OF_WEIGHTS.items():
         chosen = of(models, method)
         start = recipe_of(chosen, method, {})
         before = np.concatenate(merged(chosen, start))

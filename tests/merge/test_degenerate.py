@@ -13,7 +13,7 @@ from test_selection import merged, recipe_of
 
 from evomerge.errors import RecipeError
 from evomerge.merge.merger import Merger
-from evomerge.merge.methods import METHODS
+from evomerge.merge.methods import METHODS, OF_WEIGHTS
 from evomerge.models import Models, open_models
 
 Tensors = Mapping[str, np.ndarray[Any, Any]]
@@ -24,7 +24,7 @@ def opened(folder: Path, base: Tensors, *experts: Tensors) -> Models:
     return open_models(save(folder / "base", dict(base)), named)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(OF_WEIGHTS))
 def test_a_tensor_without_elements_is_left_alone(tmp_path: Path, method: str) -> None:
     """DELLA, rank bands, SCE and arcee_fusion looked for its largest change and failed."""
     rng = np.random.default_rng(0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lora_adapters import save_adapters
 from test_engine import (
     TORCH_NAMES,
     make_recipe,
@@ -16,10 +17,11 @@ from test_engine import (
     require_device_equals_kernels,
 )
 
+from evomerge.merge.factor_sources import factored
 from evomerge.merge.merger import Merger
-from evomerge.merge.methods import METHODS
+from evomerge.merge.methods import METHODS, OF_WEIGHTS
 from evomerge.merge.residency import Residency
-from evomerge.models import Models
+from evomerge.models import Models, open_models
 from evomerge.recipe import Recipe
 
 Family = Callable[..., tuple[Path, list[tuple[str, str]]]]
@@ -72,7 +74,7 @@ def merged_on(
     return [(one if recipe.dtype == "F32" else one.view(torch.uint16)).numpy() for one in host]
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(OF_WEIGHTS))
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_torch_on_cuda_equals_the_cpu_kernels(
     llama_family: Family, method: str, dtype: str
@@ -81,7 +83,7 @@ def test_torch_on_cuda_equals_the_cpu_kernels(
     require_device_equals_kernels(llama_family, method, dtype, "cuda:0")
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(OF_WEIGHTS))
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
 def test_triton_equals_the_cpu_kernels(
     llama_family: Family, cuda: Any, method: str, dtype: str
@@ -136,3 +138,23 @@ def test_a_b_a_gives_the_digest_of_a(
     assert all(torch.equal(states[0][key], states[2][key]) for key in states[0])
     assert any(not torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert engine.apply(recipe_of(models, method, 1)) == 0
+
+
+@pytest.mark.parametrize("residency", list(Residency))
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_adapters_merged_as_factors_equal_the_cpu_kernels(
+    tmp_path: Path, save_llama: Callable[..., Path], cuda: Any, dtype: str, residency: Residency
+) -> None:
+    base = save_llama("base", 1, dtype=TORCH_NAMES[dtype])
+    adapters = save_adapters(tmp_path, ("a", "b", "c"))
+    models = factored(open_models(str(base), adapters))
+    origin, experts = models.refs
+    columns = tuple(f"{kind}.{one.name}" for kind in ("weight", "density") for one in experts)
+    recipe = Recipe(
+        method="lora_factors", base=origin, experts=experts, partition="model",
+        layout=models.layout.digest, columns=columns, table=((0.9, -1.2, 0.4, 1.0, 0.5, 0.7),),
+        dtype=dtype,
+    )  # fmt: skip
+    ours = merged_on(cuda, models, recipe, residency, triton=False, staging_bytes=3000)
+    for mine, other in zip(ours, merged_bits(models, recipe), strict=True):
+        np.testing.assert_array_equal(mine, other)

@@ -17,7 +17,7 @@ from evomerge.layout import partition
 from evomerge.merge import reference
 from evomerge.merge.engine import Engine
 from evomerge.merge.merger import Merger
-from evomerge.merge.methods import METHODS, Scope
+from evomerge.merge.methods import METHODS, OF_WEIGHTS, Scope
 from evomerge.merge.sources import Sources, to_float32
 from evomerge.merge.writer import write_checkpoint
 from evomerge.models import Models, open_models
@@ -245,7 +245,7 @@ def test_a_b_a_gives_a_and_unchanged_spans_are_skipped(llama_family: Family) -> 
     assert all((before[key] == after[key]).all() for key in before)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(OF_WEIGHTS))
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_device_path_equals_the_cpu_kernels(llama_family: Family, method: str, dtype: str) -> None:
     require_device_equals_kernels(llama_family, method, dtype, "cpu")

@@ -18,7 +18,7 @@ from evomerge.merge.device_merger import DeviceMerger
 from evomerge.merge.device_sources import DeviceSources, cut_pieces
 from evomerge.merge.engine import Engine
 from evomerge.merge.merger import Merger
-from evomerge.merge.methods import METHODS
+from evomerge.merge.methods import METHODS, OF_WEIGHTS
 from evomerge.merge.residency import Needs, Residency, Room, choose, gigabytes, use
 from evomerge.models import Models
 from evomerge.recipe import Recipe
@@ -115,7 +115,7 @@ def targets_of(models: Models, dtype: str) -> list[torch.Tensor]:
 
 
 class TestStreaming:
-    @pytest.mark.parametrize("method", sorted(METHODS))
+    @pytest.mark.parametrize("method", sorted(OF_WEIGHTS))
     @pytest.mark.parametrize("residency", ["host", "disk"])
     def test_any_method_streamed_equals_the_kernels(
         self, llama_family: Family, method: str, residency: str

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.merge.methods import METHODS
+from evomerge.merge.methods import OF_WEIGHTS
 
 Family = Callable[..., tuple[Path, list[tuple[str, str]]]]
 HERE = Path(__file__).parent
@@ -53,7 +53,7 @@ def run_cases(llama_family: Family, *arguments: str) -> dict[str, str]:
 IN_TORCH = {"arcee_fusion", "sce", "widen"}
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(OF_WEIGHTS))
 def test_kernel_equals_the_cpu_kernels(found: dict[str, str], method: str) -> None:
     [outcome] = [value for case, value in found.items() if case.startswith(f"{method}/")]
     assert outcome == ("torch" if method in IN_TORCH else "")
@@ -62,7 +62,7 @@ def test_kernel_equals_the_cpu_kernels(found: dict[str, str], method: str) -> No
 @pytest.mark.slow
 def test_kernel_equals_the_cpu_kernels_in_every_dtype(llama_family: Family) -> None:
     found = run_cases(llama_family, "--all")
-    assert len(found) > 3 * len(METHODS)
+    assert len(found) > 3 * len(OF_WEIGHTS)
     assert {case: value for case, value in found.items() if value not in ("", "torch")} == {}
 
 

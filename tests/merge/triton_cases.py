@@ -20,7 +20,7 @@ from test_engine import TORCH_NAMES, make_recipe, merged_bits
 from evomerge.merge.device_merger import DeviceMerger
 from evomerge.merge.device_sources import DeviceSources
 from evomerge.merge.merger import Merger
-from evomerge.merge.methods import METHODS
+from evomerge.merge.methods import METHODS, OF_WEIGHTS
 from evomerge.merge.plan import Elect, Plan, Rule, ZeroSum
 from evomerge.merge.residency import Residency
 from evomerge.merge.triton_launch import TritonMerge
@@ -157,7 +157,7 @@ def main() -> None:
     }
     found: dict[str, str] = {}
     dtypes = list(TORCH_NAMES)
-    for number, method in enumerate(sorted(METHODS)):
+    for number, method in enumerate(sorted(OF_WEIGHTS)):
         # The interpreter is slow: dtypes take turns, unless all are asked for.
         for dtype in dtypes if "--all" in sys.argv else [dtypes[number % 3]]:
             found[f"{method}/{dtype}"] = against_kernels(

@@ -5,6 +5,7 @@ from evomerge.merge.methods.curves import DELLA, DELLA_LINEAR, RANK_BANDS
 from evomerge.merge.methods.geometry import KARCHER, MODEL_STOCK, MULTISLERP, NUSLERP, SLERP
 from evomerge.merge.methods.linear import LINEAR, TASK_ARITHMETIC
 from evomerge.merge.methods.local import CONSENSUS, NEARSWAP, RAM
+from evomerge.merge.methods.lora_factors import LORA_FACTORS
 from evomerge.merge.methods.method import Method, Option, Parameter, Scope, Table
 from evomerge.merge.methods.passthrough import PASSTHROUGH
 from evomerge.merge.methods.sce import SCE
@@ -18,9 +19,13 @@ METHODS: dict[str, Method] = {
     for method in (
         LINEAR, TASK_ARITHMETIC, SLERP, *SPARSIFY.values(), DELLA, DELLA_LINEAR, RANK_BANDS,
         SCE, NEARSWAP, ARCEE_FUSION, RAM, CONSENSUS, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK,
-        WIDEN, PASSTHROUGH,
+        WIDEN, PASSTHROUGH, LORA_FACTORS,
     )
 }  # fmt: skip
+
+
+#: Those that merge any experts, checkpoints and adapters alike.
+OF_WEIGHTS = {name: method for name, method in METHODS.items() if not method.adapters}
 
 
 def changed_options(recipe: Recipe) -> dict[str, str]:
@@ -34,4 +39,6 @@ def changed_options(recipe: Recipe) -> dict[str, str]:
     }
 
 
-__all__ = ["METHODS", "Method", "Option", "Parameter", "Scope", "Table", "changed_options"]
+__all__ = [
+    "METHODS", "OF_WEIGHTS", "Method", "Option", "Parameter", "Scope", "Table", "changed_options",
+]  # fmt: skip

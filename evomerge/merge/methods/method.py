@@ -18,6 +18,10 @@ from evomerge.recipe import Recipe
 F64 = npt.NDArray[np.float64]
 
 
+#: Names of the columns and their values to the values of the same merge that recipes hold.
+Canonical = Callable[[tuple[str, ...], tuple[float, ...]], tuple[float, ...]]
+
+
 class Scope(StrEnum):
     """How many columns a parameter has."""
 
@@ -79,6 +83,11 @@ class Method:
         anchor: (weights, options) → the parameter values at which the method with these options
             is the given task arithmetic (``W_base + Σ_k w_k·τ_k``), or None where it has none;
             lets baselines be points of the search space.
+        adapters: the experts are LoRA adapters of equal form, merged as factors; such a method
+            has one row of coefficients for the whole model, and its ``anchor`` says what stands
+            for a task arithmetic where factors are added.
+        canonical: (columns, row) → the one of several equal rows that recipes hold; None where
+            no two rows are the same merge.
     """
 
     name: str
@@ -89,6 +98,8 @@ class Method:
     experts: tuple[int, int | None]
     plan: Callable[[Recipe, Partition, Stats], Plan]
     anchor: Callable[[tuple[float, ...], Mapping[str, object]], dict[str, tuple[float, ...]] | None]
+    adapters: bool = False
+    canonical: Canonical | None = None
 
     def parameter(self, name: str) -> Parameter:
         """Return a parameter.

@@ -1,0 +1,59 @@
+"""``models.experts: FOLDER``: every subfolder is an expert, so that nobody writes 100 lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+#: One of these makes a folder a model.
+_CONFIGS = ("adapter_config.json", "config.json")
+
+
+def list_experts(data: dict[str, Any], root: Path) -> list[str]:
+    """Put the experts of a folder into the place of its path, where a study file names one.
+
+    They are listed once, when the file is read: the resolved study holds each of them, so that a
+    folder that has others later is noticed.
+
+    Args:
+        data: of a study file; ``models.experts`` is replaced where it is a text.
+        root: folder that relative paths start from.
+
+    Returns:
+        One line per problem; nothing is replaced where there is any.
+    """
+    models = data.get("models")
+    folder = models.get("experts") if isinstance(models, dict) else None
+    if not isinstance(models, dict) or not isinstance(folder, str):
+        return []
+    found, problems = experts_in(folder, root)
+    if not problems:
+        models["experts"] = found
+    return problems
+
+
+def experts_in(folder: str, root: Path) -> tuple[dict[str, str], list[str]]:
+    """Return name and path of every model in a folder, by name, and what is wrong with it.
+
+    Files and hidden folders are passed over; any other folder must be a model.
+
+    Args:
+        folder: as the user wrote it.
+        root: folder that relative paths start from.
+    """
+    path = root / Path(folder).expanduser()
+    if not path.is_dir():
+        return {}, [
+            f"models.experts: no such folder: {folder} (a folder whose subfolders are the "
+            "experts, or a mapping of names to models)"
+        ]
+    inside = sorted(one for one in path.iterdir() if one.is_dir() and one.name[0] != ".")
+    problems = [
+        f"models.experts: {folder.rstrip('/')}/{one.name} is no model: it has neither "
+        f"{' nor '.join(_CONFIGS)} (move it out of the folder, or list the experts by name)"
+        for one in inside
+        if not any((one / name).is_file() for name in _CONFIGS)
+    ]
+    if not inside:
+        problems.append(f"models.experts: {folder} has no subfolders (each is to be an expert)")
+    return {one.name: f"{folder.rstrip('/')}/{one.name}" for one in inside}, problems
