@@ -113,7 +113,7 @@ def mean_of(scores: Sequence[float], population: int | None = None) -> tuple[flo
     spread = sum((score - mean) ** 2 for score in scores)
     error = math.sqrt(spread / (n - 1)) / math.sqrt(n)
     if population is not None:
-        error *= math.sqrt(max(population - n, 0) / max(population - 1, 1))
+        error *= math.sqrt(max(population - n, 0) / population)  # Cochran 1977, eq. 2.20
     return mean, error
 
 

@@ -198,7 +198,8 @@ class Preparation:
                     parts[number] = SubsetEstimator(self.name, [population.on(shared[key])])
             except InputError as error:
                 raise InputError(f"fitness.estimator: {objective}: {error}") from error
-        return tuple(items), _Parts(parts, MeanEstimator(self.aggregates))
+        pools = [population.ids for population in populations]
+        return tuple(items), _Parts(parts, MeanEstimator(self.aggregates, pools))
 
     def _way(self, population: Population, modelled: Sequence[bool]) -> str:
         """Return how the items are chosen of objectives that share them [k]."""
