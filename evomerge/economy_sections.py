@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -41,6 +41,11 @@ class EstimatorSection(Section):
     name: str = Field(description="see `evomerge list estimators`")
     items: int = Field(ge=1, description="items of each task that trials are scored on")
     design: str = Field("random", description="how they are chosen among the search items")
+    refresh: Literal["never", "generation"] | Annotated[int, Field(ge=1)] = Field(
+        "never",
+        description="when other items are chosen: never, for every generation of the searcher, or "
+        "after so many trials; common to the trials between",
+    )
     full_every: int | None = Field(
         20, ge=1,
         description="every so many-th trial is scored on all search items, to see how far off the "

@@ -147,6 +147,28 @@ def test_an_estimated_search_scores_few_items_and_audits_itself(
     assert view.spending.calibration == 3 * 80
 
 
+def test_an_estimator_with_fresh_items_for_every_generation(
+    copy: Path, scored: Counter[Any]
+) -> None:
+    settings = (
+        ITEMS, "fitness.estimator={name: cells, items: 10, full_every: null, refresh: generation}",
+        "search.searcher=nsga2", "search.trials=16",
+    )  # fmt: skip
+    plan = plan_lines(prepared(copy, *settings))["search"]
+    assert "cells from 10 items (random, fresh per generation)" in plan
+    view = run(copy, *settings)
+    sets = Counter(view.items_of("search", t.number) for t in view.trials if t.kind == "search")
+    del sets[view.items_of("search", 0)]  # baselines
+    assert len(sets) >= 2
+    assert all(len(ids) == 10 for items in sets for ids in items)
+    assert set(scored.values()) == {1}
+    scored.clear()
+    assert run(copy, *settings).front == view.front
+    assert not scored
+    with pytest.raises(StudyFileError, match=r"fitness.estimator.refresh: \"generation\" -> 4"):
+        run(copy, *settings, "fitness.estimator.refresh=4")
+
+
 def test_the_values_are_those_of_the_worker_by_default(copy: Path) -> None:
     view = run(copy, ITEMS)
     for (_, number), result in view.results.items():
@@ -191,6 +213,18 @@ def test_constraints_come_from_the_study_file(copy: Path) -> None:
         (
             ("fitness.estimator={name: cells, items: 5, design: rand}",),
             "fitness.estimator.design: unknown 'rand'",
+        ),
+        (
+            ("fitness.estimator={name: cells, items: 5, design: anchor, refresh: generation}",),
+            "fitness.estimator.refresh: generation: anchor items are not drawn, so that another",
+        ),
+        (
+            ("fitness.estimator={name: cells, items: 5, refresh: 0}",),
+            "fitness.estimator.refresh: should be greater than or equal to 1",
+        ),
+        (
+            ("fitness.estimator={name: cells, items: 5, refresh: sometimes}",),
+            "fitness.estimator.refresh: ",
         ),
         (
             ("fitness.estimator={name: mpirt, items: 5}",),

@@ -42,6 +42,7 @@ LEVELS = (
         "journal_cursor",
         "valuation",
         "evaluations",
+        "designs",
         "growing_front",
         "study_view",
         "comparison",
