@@ -14,7 +14,7 @@ from tiny_project import tiny_project
 
 from evomerge import launch
 from evomerge.config import load
-from evomerge.errors import StudyFileError
+from evomerge.errors import InputError, StudyFileError
 from evomerge.facts import front_facts, plan_facts, plan_lines, status_facts, status_lines
 from evomerge.journal import Journal
 from evomerge.prepare import Prepared, prepare
@@ -165,7 +165,7 @@ def test_an_estimator_with_fresh_items_for_every_generation(
     scored.clear()
     assert run(copy, *settings).front == view.front
     assert not scored
-    with pytest.raises(StudyFileError, match=r"fitness.estimator.refresh: \"generation\" -> 4"):
+    with pytest.raises(InputError, match=r"fitness.estimator.refresh: \"generation\" -> 4"):
         run(copy, *settings, "fitness.estimator.refresh=4")
 
 
@@ -220,11 +220,12 @@ def test_constraints_come_from_the_study_file(copy: Path) -> None:
         ),
         (
             ("fitness.estimator={name: cells, items: 5, refresh: 0}",),
-            "fitness.estimator.refresh: should be greater than or equal to 1",
+            "fitness.estimator.refresh: must be never, generation, or a number of trials of at "
+            "least 1, got 0",
         ),
         (
             ("fitness.estimator={name: cells, items: 5, refresh: sometimes}",),
-            "fitness.estimator.refresh: ",
+            'least 1, got "sometimes"',
         ),
         (
             ("fitness.estimator={name: mpirt, items: 5}",),
