@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_hot_path import VOCABULARY, letters, make, prompts
 
 from evomerge.fitness.hot import batch as batch_module
@@ -84,12 +86,46 @@ def test_tokens_are_those_of_one_prompt_at_a_time(name: str) -> None:
     assert compared > 0.8 * 4 * len(known)
 
 
+LLAMA = cache(lambda: Forward(make("llama")))
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 99), count=st.integers(2, 12), budget=st.integers(1, 400),
+    most=st.integers(1, 9), kind=st.integers(0, 3),
+)  # fmt: skip
+def test_no_budget_and_no_ending_changes_a_token(
+    seed: int, count: int, budget: int, most: int, kind: int
+) -> None:
+    forward = LLAMA()
+    asked = some_prompts(random.Random(seed), count)
+    reached = partial(stops, kind)
+    found = generate(forward, arranged_prompts(forward, asked), budget, most, frozenset(), reached)
+    for prompt, tokens in zip(asked, found, strict=True):
+        expected, lead = after(forward.model, prompt, most, set(), reached)
+        assert tokens == expected or lead < 1e-3
+
+
+@pytest.mark.gpu
+def test_tokens_are_those_of_one_prompt_at_a_time_on_a_device() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = make("llama")
+    asked = some_prompts(random.Random(0), 15)
+    expected = [after(model, prompt, 8, set(), partial(stops, 1)) for prompt in asked]
+    forward = Forward(model.to("cuda"))
+    for budget in (1, 90, 4096):
+        plan = arranged_prompts(forward, asked)
+        found = generate(forward, plan, budget, 8, frozenset(), partial(stops, 1))
+        for tokens, (alone, lead) in zip(found, expected, strict=True):
+            assert tokens == alone or lead < 1e-2
+
+
 def test_rows_join_while_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """One long answer in eight: with rows that join, few passes have less than half of the rows."""
     forward = Forward(make("llama"))
     draw = random.Random(3)
     asked = [tuple(draw.randrange(2, VOCABULARY) for _ in range(8)) for _ in range(64)]
-    long = {asked[number][-1] for number in range(0, 64, 8)}
     rows: list[int] = []
     seats: list[tuple[int, int]] = []
     step = Batch._step
@@ -109,7 +145,6 @@ def test_rows_join_while_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
     found = generate(forward, arranged_prompts(forward, asked), 64, 30, frozenset(), reached)
     assert all(found)
-    assert long
     total = sum(len(tokens) - 1 for tokens in found)
     assert max(rows) <= 64 // 8
     fixed = 8 * 29  # passes of eight fixed batches, each with a long answer
