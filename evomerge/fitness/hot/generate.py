@@ -3,10 +3,10 @@
 When some rows have ended, waiting prompts take their seats, so that a long answer is seldom
 computed alone; see ``batch`` and ``seats``.
 
-transformers' own continuous batching (``generate_batch``) is not used: it sees one token at a
-time, so a request cannot end at a stop string; it replaces the attention of the model that HFLM
-scores on too; and without flash attention it packs all rows into one sequence under a dense mask,
-whose cost grows with the square of their number.
+transformers' own continuous batching (``generate_batch``) is not used: its requests end at token
+ids and lengths only, so each would run on behind its stop string; and without flash attention, to
+which it switches the live model where it can, it packs all rows into one sequence under a dense
+mask, whose cost grows with the square of their number.
 """
 
 from __future__ import annotations
