@@ -74,8 +74,7 @@ class Batch:
             for group in groups
             for rows in batches(group.rows, budget, budget)
         )
-        layers = forward.model.config.get_text_config(decoder=True).num_hidden_layers
-        self._seats = Seats(layers, forward.device)
+        self._seats = self._empty()
         self._texts: list[_Text] = []  # by seat
         self._ahead: tuple[Group, Prefix] | None = None
         self._places = torch.arange(0)
@@ -95,6 +94,10 @@ class Batch:
             self._change()
             if not self._texts:
                 return
+
+    def _empty(self) -> Seats:
+        config = self._forward.model.config.get_text_config(decoder=True)
+        return Seats(config.num_hidden_layers, self._forward.device)
 
     def _columns(self, group: Group, row: Row) -> int:
         """Return how many columns a row can come to need."""
@@ -186,6 +189,8 @@ class Batch:
         columns = [text.start + most for text in kept] + [self._columns(*one) for one in fresh]
         seats, have = self._seats.room
         if count > seats or max(columns, default=0) > have:
+            if not kept:  # nothing to copy, and the old room is free before there is a new one
+                self._seats = self._empty()
             self._seats.resize(count, max(columns))
 
     def _enter(self, joined: Sequence[tuple[int, tuple[Group, Row]]]) -> dict[int, _Text]:
