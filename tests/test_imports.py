@@ -51,6 +51,7 @@ LEVELS = (
         "journal_cursor",
         "valuation",
         "evaluations",
+        "designs",
         "growing_front",
         "study_view",
         "comparison",
