@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from evomerge.atomic_file import atomic_file, write_text
 from evomerge.comparison_rows import COMPARISON_HEADER, comparison_note, comparison_rows
 from evomerge.errors import InputError
 from evomerge.estimate_audits import distrust
@@ -195,7 +196,7 @@ def _command(console: Console, command: str) -> None:
 
 
 def save_plot(view: StudyView, path: Path, names: Sequence[str] | None = None) -> None:
-    """Draw the front into a file; the suffix chooses the form.
+    """Draw the front into a file, whole or not at all; the suffix chooses the form.
 
     Args:
         view: the study.
@@ -205,24 +206,23 @@ def save_plot(view: StudyView, path: Path, names: Sequence[str] | None = None) -
 
     Raises:
         InputError: another suffix, unknown objectives, or the file cannot be written.
+        StorageError: the disk is full.
     """
     from evomerge.front_page import front_html
     from evomerge.front_plot import save_front
     from evomerge.terminal_plot import narrowed
 
+    if path.suffix not in {".html", ".png", ".svg"}:
+        raise InputError(
+            f"--plot: {path.name}: use a name that ends in .html, .png or .svg, or - for the "
+            "terminal"
+        )
     data = front_data(view) if names is None else narrowed(front_data(view), names)
-    try:
-        if path.suffix == ".html":
-            path.write_text(front_html(data), encoding="utf-8")
-        elif path.suffix in {".png", ".svg"}:
-            save_front(data, path)
-        else:
-            raise InputError(
-                f"--plot: {path.name}: use a name that ends in .html, .png or .svg, or - for the "
-                "terminal"
-            )
-    except OSError as error:
-        raise InputError(f"--plot: {path}: cannot be written: {error.strerror}") from error
+    if path.suffix == ".html":
+        write_text(path, front_html(data), "--plot")
+        return
+    with atomic_file(path, "--plot") as temporary:
+        save_front(data, temporary)
 
 
 def print_plot(

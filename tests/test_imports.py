@@ -17,7 +17,16 @@ HEAVY = {"torch", "transformers", "ray", "mlflow", "nevergrad", "pymoo", "lm_eva
 #: Low to high: a module may import modules of its own level and below.
 LEVELS = (
     ("errors",),
-    ("pareto", "blocks", "layout", "strict_yaml", "checkpoint", "atomic_directory", "memory"),
+    (
+        "pareto",
+        "blocks",
+        "layout",
+        "strict_yaml",
+        "checkpoint",
+        "atomic_directory",
+        "atomic_file",
+        "memory",
+    ),
     ("loading",),
     ("recipe", "model_settings", "adapter", "models"),
     ("trial", "space", "driver_lock", "journal", "estimate", "item_cache", "racing", "halving"),
@@ -57,6 +66,7 @@ LEVELS = (
         "study_run",
         "study",
         "scoring",
+        "metric_names",
         "front_page",
         "front_plot",
         "front_frames",
@@ -98,7 +108,7 @@ LEVELS = (
         "one_shot",
         "directions",
     ),
-    ("objective_sections", "economy_sections", "config"),
+    ("objective_sections", "economy_sections", "config", "partial_file"),
     (
         "estimation",
         "economy",
@@ -110,10 +120,12 @@ LEVELS = (
         "search_facts",
         "direction_grams",
         "study_space",
+        "examination",
         "prepare",
         "template",
         "mergekit_evolve",
         "catalogue",
+        "listing",
     ),
     (
         "study_location",
@@ -131,7 +143,7 @@ LEVELS = (
         "calibration",
     ),
     ("submission", "jobs"),
-    ("live_progress", "terminal", "byte_progress"),
+    ("live_progress", "terminal", "byte_progress", "waiting_line"),
     ("demo_pool", "demo", "cli_arguments", "cli_calibrate", "cli_cluster"),
     ("cli_launch", "cli_look", "cli_take_home", "cli_durable", "cli_ui", "cli", "__main__"),
 )
