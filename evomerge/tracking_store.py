@@ -23,13 +23,13 @@ from evomerge.errors import InputError
 from evomerge.front_frames import frame, frame_steps
 from evomerge.front_page import FrontPoint
 from evomerge.front_plot import front_picture, save_front
+from evomerge.metric_names import metric_name, objective_metrics, renamed
 from evomerge.pareto_view import STUDIES, VIEW_TAG, pareto_view, studies_view
 from evomerge.projection import (
     Projection,
     Step,
     artifact_texts,
     coefficient_params,
-    metric_name,
     study_metrics,
     trial_metrics,
     trial_params,
@@ -49,12 +49,23 @@ _METRICS_PER_REQUEST = 1000
 _PARAM_CHARACTERS = 500
 #: Names the chart; MLflow writes the slash as a hash into the names of files.
 _FRAME_KEY = "front/over the trials"
+#: Tag of a study's run: the metrics that are its objectives. None of their names has a comma.
+_OBJECTIVES = "evomerge.objectives"
 _STATUSES = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 
 
 def study_query(study: str) -> str:
     """Return the query that finds the run of a study by its identity."""
     return f"tags.`evomerge.study` = '{study}' and tags.`evomerge.kind` = 'study'"
+
+
+def _objectives_of(study: Run) -> list[str]:
+    """Return the metrics of a study's run that are objectives; of an old one in any order."""
+    recorded = study.data.tags.get(_OBJECTIVES)
+    if recorded:
+        return str(recorded).split(", ")
+    names = sorted(study.data.metrics)
+    return [name.removeprefix("best/") for name in names if name.startswith("best/")]
 
 
 def _now(projection: Projection, values: Mapping[str, float]) -> list[Point]:
@@ -232,10 +243,7 @@ class Store:
         child = child or self._create(trial, tags, arrived)
         if tags["front"] == "true" and (new or child.tags.get("front") != "true"):
             self._client.log_text(child.run, trial.recipe.to_json(), "recipe.json")
-        metrics = {
-            metric_name(name): value
-            for name, value in trial_metrics(trial, point, projection.front).items()
-        }
+        metrics = trial_metrics(trial, point, projection.front)
         fresh = {name: value for name, value in metrics.items() if name not in child.metrics}
         changed = {
             name: value for name, value in metrics.items()
@@ -285,9 +293,7 @@ class Store:
             if len(batch) + len(entries) > _METRICS_PER_REQUEST:
                 self._log(self._run, metrics=batch)
                 batch = []
-            batch += [
-                (metric_name(name), value, step.milliseconds, number) for name, value in entries
-            ]
+            batch += [(name, value, step.milliseconds, number) for name, value in entries]
         self._log(self._run, metrics=batch)
         self._steps = max(self._steps, len(steps))
 
@@ -316,11 +322,14 @@ class Store:
             return
         self._has_view = True
         began = int(self._client.get_run(self._run).info.start_time)
-        objectives = [metric_name(objective.name) for objective in projection.front.objectives]
+        objectives = objective_metrics(projection.front.objectives)
+        self._log(self._run, tags={_OBJECTIVES: ", ".join(objectives)})
+        studies = [*self._search("tags.`evomerge.kind` = 'study'")]
+        first = min(int(run.info.start_time) for run in studies)
         params = [metric_name(name) for name in coefficient_params(recipes[-1])]
         views = {
             self._run: pareto_view(projection.front.title, self._run, objectives, params, began),
-            STUDIES: studies_view(objectives, began),
+            STUDIES: studies_view([_objectives_of(run) for run in reversed(studies)], first),
         }
         tags = self._client.get_experiment(self._experiment).tags
         missing = {
@@ -335,7 +344,8 @@ class Store:
 
     def _send_artifacts(self, projection: Projection) -> None:
         texts = artifact_texts(projection)
-        digest = blake2b(repr(sorted(texts.items())).encode(), digest_size=16).hexdigest()
+        shown = [*sorted(texts.items()), *renamed(projection.front.objectives).items()]
+        digest = blake2b(repr(shown).encode(), digest_size=16).hexdigest()
         if digest == self._sent:
             return
         with tempfile.TemporaryDirectory(prefix="evomerge-") as name:
@@ -349,7 +359,7 @@ class Store:
                 save_front(projection.front, folder / "front.png")
             self._client.log_artifacts(self._run, name)
         link = pareto_page(Synced(self._experiment, self._run, 0))
-        best = {metric_name(k): v for k, v in study_metrics(projection.front).items()}
+        best = study_metrics(projection.front)
         new = {name: value for name, value in best.items() if self._metrics.get(name) != value}
         self._log(
             self._run,
