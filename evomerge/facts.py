@@ -26,7 +26,7 @@ def plan_facts(prepared: Prepared) -> dict[str, Any]:
         "study": str(file.name),
         "directory": str(prepared.directory),
         "models": {
-            model.name: model.source for model in (prepared.models.base, *prepared.models.experts)
+            model.name: model.pinned for model in (prepared.models.base, *prepared.models.experts)
         },
         "parameters": prepared.models.layout.parameters,
         "tensors": len(prepared.models.layout.slots),
@@ -90,7 +90,7 @@ def plan_lines(prepared: Prepared) -> dict[str, Any]:
         "study": str(file.name),
         "directory": str(prepared.directory),
         "models": [
-            f"{model.name}: {model.source}"
+            f"{model.name}: {model.pinned}"
             for model in (prepared.models.base, *prepared.models.experts)
         ],
         "size": f"{layout.parameters:,} parameters, {len(layout.slots)} tensors, {space.dtype}",

@@ -50,6 +50,16 @@ def problems(project: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
+def test_a_name_that_mlflow_needs_is_pointed_out(project: Path) -> None:
+    def warned(*overrides: str) -> list[str]:
+        return [one for one in prepared(project, *overrides).warnings if "MLflow" in one]
+
+    tasks = "fitness.tasks=[{task: pick_a, name: items}, {task: pick_b, name: 'b,none'}]"
+    [warning] = warned(tasks, "tracking.enabled=true")
+    assert warning.startswith("fitness: MLflow shows the objective 'items' as 'objective items': ")
+    assert warned(tasks) == warned("tracking.enabled=true") == []
+
+
 class TestIdentity:
     def test_settings_that_change_scores_were_not_compared(self, copy: Path) -> None:
         before = prepared(copy).identity()
