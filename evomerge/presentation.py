@@ -73,6 +73,7 @@ def project(view: StudyView, series: Series | None = None, pages: bool = True) -
         gains=tuple(gains(view)) if pages else (),
         rivals=_rivals(view),
         arrived={number: int(seconds * 1000) for number, seconds in view.times.items()},
+        began=int(view.history.opened["t"] * 1000) if view.history.opened else 0,
         milliseconds=int(view.history.latest * 1000),
     )
 
@@ -187,7 +188,8 @@ def _words(view: StudyView) -> Iterator[str]:
         experts = ", ".join(expert.name for expert in recipe.experts)
         yield (
             f"Searched: {contract['dimension']} coefficients of `{recipe.method}` in "
-            f"{len(recipe.table)} blocks (`{recipe.partition}`), of the experts {experts}. "
+            f"{len(recipe.table)} block{'s' * (len(recipe.table) != 1)} (`{recipe.partition}`), of "
+            f"the expert{'s' * (len(recipe.experts) != 1)} {experts}. "
         )
     wanted = ", ".join(f"{one.name} ({one.direction.value})" for one in view.objectives)
     yield f"Objectives: {wanted}. "

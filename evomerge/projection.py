@@ -57,6 +57,7 @@ class Projection:
         gains: of the recommended merge over each baseline; empty before the end.
         rivals: the baselines in ``gains`` that a reader wants first.
         arrived: unix milliseconds at which each trial's result arrived, by number.
+        began: unix milliseconds at which the study was begun.
         milliseconds: unix time at which the study stood so.
     """
 
@@ -72,6 +73,7 @@ class Projection:
     gains: tuple[Gain, ...] = ()
     rivals: tuple[str, ...] = ()
     arrived: Mapping[int, int] = field(default_factory=dict)
+    began: int = 0
     milliseconds: int = 0
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import InputError
 from evomerge.front_frames import frame, frame_steps
@@ -36,7 +36,14 @@ from evomerge.projection import (
     trial_tags,
 )
 from evomerge.study_note import study_note
-from evomerge.tracking_client import Point, log_batch, open_client, set_experiment_tags
+from evomerge.tracking_client import (
+    Point,
+    log_batch,
+    log_pictures,
+    logged_pictures,
+    open_client,
+    set_experiment_tags,
+)
 from evomerge.tracking_target import Synced, Target, pareto_page
 from evomerge.trial import Trial, TrialState
 
@@ -47,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 _METRICS_PER_REQUEST = 1000
 _PARAM_CHARACTERS = 500
-#: Names the chart; MLflow writes the slash as a hash into the names of files.
+#: Names the chart of the front's film.
 _FRAME_KEY = "front/over the trials"
 #: Tag of a study's run: the metrics that are its objectives. None of their names has a comma.
 _OBJECTIVES = "evomerge.objectives"
@@ -175,8 +182,9 @@ class Store:
         known: Mapping[str, str] = {}
         if found is None:
             tags = {"evomerge.study": projection.study, "evomerge.kind": "study"}
+            # Of a study that is sent later it would begin after its end.
             created = self._client.create_run(
-                self._experiment, run_name=projection.front.title, tags=tags
+                self._experiment, projection.began or None, tags, projection.front.title
             )
             run = created.info.run_id
         else:
@@ -185,10 +193,7 @@ class Store:
             self._metrics = dict(found.data.metrics)
             self._steps = int(self._metrics.get("trials/finished", 0))
             self._find_children(run)
-            for picture in self._client.list_artifacts(run, "images"):
-                key, _, rest = Path(picture.path).name.partition("%step%")
-                if key == _FRAME_KEY.replace("/", "#"):
-                    self._frames.add(int(rest.partition("%")[0]))
+            self._frames = set(logged_pictures(self._client, run, _FRAME_KEY))
         missing = {
             key: value[:_PARAM_CHARACTERS]
             for key, value in projection.params.items()
@@ -301,6 +306,7 @@ class Store:
         """Log the front as a picture now and then: MLflow shows them with a slider."""
         baselines = sum(trial.kind == "baseline" for trial in projection.trials)
         settled = len(projection.steps)
+        new: dict[int, tuple[Any, int]] = {}
         steps = frame_steps(projection.planned, settled, max(1, baselines))
         # MLflow's slider begins at 0: there are the baselines alone.
         for step in [0, *steps] if settled >= max(1, baselines) else []:
@@ -309,11 +315,9 @@ class Store:
             shown = frame(projection.front, step or baselines)
             if shown.points:
                 milliseconds = projection.steps[(step or baselines) - 1].milliseconds
-                self._client.log_image(
-                    self._run, front_picture(shown), key=_FRAME_KEY, step=step,
-                    timestamp=milliseconds, synchronous=True,
-                )  # fmt: skip
+                new[step] = (front_picture(shown), milliseconds)
             self._frames.add(step)
+        log_pictures(self._client, self._run, _FRAME_KEY, new)
 
     def _send_view(self, projection: Projection) -> None:
         """Save the Pareto page and the list of studies as views, once per process."""

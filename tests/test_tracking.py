@@ -5,18 +5,21 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from small_study import finished, small_study
 
 from evomerge import metric_names
@@ -96,6 +99,9 @@ class TestSync:
         parent = client(target).get_run(synced.run_id)
         assert parent.info.status == "FINISHED"
         assert parent.data.params["seed"] == "3"
+        times = sorted(view.times.values())
+        assert parent.info.start_time <= 1000 * times[0]
+        assert parent.info.end_time >= 1000 * times[-1] - 1
         assert parent.data.metrics["hypervolume"] == pytest.approx(view.hypervolume)
         assert parent.data.metrics["trials/failed"] == view.counts.failed
         assert "evomerge export" in parent.data.tags["mlflow.note.content"]
@@ -137,6 +143,14 @@ class TestSync:
             "front.html", "front.csv", "front.png", "coefficients.html", STUDY_FILE, *members,
         }  # fmt: skip
         assert int(found["front.png"]) > 10_000
+        mlflow = client(target)
+        steps = [re.split("[%+]", picture)[2] for picture in pictures]
+        # Of each step one as it is, and one that is shown: it was too small to be read.
+        assert Counter(steps) == dict.fromkeys(steps, 2)
+        assert len(set(steps)) > 5
+        for picture in pictures:
+            with Image.open(mlflow.download_artifacts(synced.run_id, picture)) as image:
+                assert image.size == (960, 648)
         for number in view.front:
             recipe = json.loads(found[f"recipes/{number}.json"])
             assert recipe == view.trials[number].recipe.to_dict()
@@ -146,7 +160,9 @@ class TestSync:
     def test_repeating_it_doubles_nothing(self, view: StudyView, store: Path) -> None:
         target = tracking_target(None, "whole", store)
         first = sync(project(view), target)
+        before = artifacts(target, first.run_id)
         second = sync(project(view), target)
+        assert artifacts(target, second.run_id) == before
         assert (second.experiment_id, second.run_id) == (first.experiment_id, first.run_id)
         assert second.trials == 0
         assert len(children(target, first)) == len(view.trials)
