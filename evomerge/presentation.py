@@ -46,10 +46,15 @@ def study_name(view: StudyView) -> str:
 
 
 def export_command(view: StudyView, pick: str, out: str) -> str:
-    """Return a command to paste; the directory relative to the current one where it is below."""
+    """Return a command to paste."""
+    return f"evomerge export {shown_directory(view)} {pick} --out {out}"
+
+
+def shown_directory(view: StudyView) -> str:
+    """Return a study as commands name it: relative to the current folder where it is below."""
     directory, here = view.directory.resolve(), Path.cwd()
     shown = directory.relative_to(here) if directory.is_relative_to(here) else directory
-    return f"evomerge export {shlex.quote(str(shown))} {pick} --out {out}"
+    return shlex.quote(str(shown))
 
 
 def project(view: StudyView, series: Series | None = None, pages: bool = True) -> Projection:

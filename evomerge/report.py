@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -23,7 +22,7 @@ from evomerge.front_page import FrontData, FrontPoint, front_html, summary
 from evomerge.front_table import point_name, table_points
 from evomerge.metric_names import objective_metrics
 from evomerge.plain_page import heading, paragraph, table
-from evomerge.presentation import STUDY_FILE, export_command, project
+from evomerge.presentation import STUDY_FILE, export_command, project, shown_directory
 from evomerge.projection import Projection
 from evomerge.redaction import redacted
 from evomerge.report_charts import line_chart
@@ -232,8 +231,7 @@ def _audits(view: StudyView) -> Iterator[str]:
 
 def _commands(view: StudyView) -> Iterator[str]:
     yield heading("Go on")
-    export = export_command(view, "--pick knee", "merged")
-    study = shlex.quote(shlex.split(export)[2])
+    export, study = export_command(view, "--pick knee", "merged"), shown_directory(view)
     lines = [
         f"{export}", "evomerge verify merged",
         f"evomerge compare {study} knee base --items 10", f"evomerge ui {study}",

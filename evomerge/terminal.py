@@ -22,7 +22,7 @@ from evomerge.item_comparison import Comparison
 from evomerge.launch import Finished, run
 from evomerge.live_progress import LiveProgress as LiveProgress
 from evomerge.prepare import Prepared
-from evomerge.presentation import export_command, front_data
+from evomerge.presentation import export_command, front_data, shown_directory
 from evomerge.study_view import StudyView
 from evomerge.tracking_target import pareto_url, ui_command, ui_url
 from evomerge.trial import Direction
@@ -137,6 +137,7 @@ def print_finished(console: Console, finished: Finished) -> None:
         console.print(table)
     for warning in distrust(view):
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+    study = shown_directory(view)
     activate = activation()
     if activate:
         console.print("\nOnce in this shell, so that the commands below are found:", style="bold")
@@ -145,7 +146,7 @@ def print_finished(console: Console, finished: Finished) -> None:
     if finished.target is not None and finished.synced is not None:
         command = ui_command(finished.target)
         if command:
-            _command(console, f"evomerge ui {shlex.quote(str(view.directory))}")
+            _command(console, f"evomerge ui {study}")
             console.print("  or MLflow's own command:")
             _command(console, command)
         for name, url in (
@@ -159,10 +160,10 @@ def print_finished(console: Console, finished: Finished) -> None:
             f"  MLflow lacks something ({finished.problem}); send it later with:",
             markup=False, highlight=False,
         )  # fmt: skip
-        _command(console, f"evomerge sync {view.directory}")
+        _command(console, f"evomerge sync {study}")
     console.print("  or all of it as one HTML page, and what a difference is worth:")
-    _command(console, f"evomerge report {shlex.quote(str(view.directory))}")
-    _command(console, f"evomerge compare {shlex.quote(str(view.directory))}")
+    _command(console, f"evomerge report {study}")
+    _command(console, f"evomerge compare {study}")
     console.print("Take home:", style="bold")
     if view.knee is not None:
         _command(console, export_command(view, "--knee", "merged"))
