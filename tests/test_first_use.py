@@ -249,11 +249,11 @@ def test_a_space_in_the_path_broke_the_command_that_sends_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     view = finished(tmp_path / "my studies" / "s")
-    for here, shown in ((tmp_path, "'my studies/s'"), (Path("/"), f"'{view.directory}'")):
+    for here in (tmp_path, tmp_path.parent):
+        shown = f"'{view.directory.relative_to(here)}'"
         monkeypatch.chdir(here)
         stream = io.StringIO()
         print_finished(Console(file=stream, width=200), Finished(view, None, None, "no server"))
-        shown = shown.replace("'/", "'") if here == Path("/") else shown
         for verb in ("sync", "report", "compare", "export"):
             assert f"evomerge {verb} {shown}" in stream.getvalue()
 
