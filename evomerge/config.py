@@ -197,6 +197,17 @@ class BaselinesSection(Section):
         "lora_factors each weight is the root of it, because it acts squared",
     )
 
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _choice(cls, value: object) -> object:
+        number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        names = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        if not (number or names or value in ("auto", "all")):
+            raise PydanticCustomError(
+                "scored_alone", "must be auto, all, a list of names, or how many at most"
+            )
+        return value
+
 
 class PoolSection(Section):
     """Where trials run."""

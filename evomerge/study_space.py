@@ -141,8 +141,10 @@ def _require_order(name: str, value: RangeSection) -> None:
 def _experts_problem(method: Method, count: int) -> list[str]:
     low, high = method.experts
     if count < low or (high is not None and count > high):
-        limit = f"{low} to {high}" if high is not None else f"at least {low}"
-        return [f"models.experts: {method.name} takes {limit} experts, got {count}"]
+        most = f"{low} to {high}" if low != high else f"{low}"
+        limit = f"at least {low}" if high is None else most
+        some = "expert" if limit == "1" else "experts"
+        return [f"models.experts: {method.name} takes {limit} {some}, got {count}"]
     return []
 
 

@@ -87,3 +87,22 @@ def test_a_folder_may_come_from_the_command_line(tmp_path: Path) -> None:
     assert load(path, ["models.experts=linked"]).models.experts == {"math": "linked/math"}
     given = json.dumps({"code": "models/code"})
     assert load(path, [f"models.experts={given}"]).models.experts == {"code": "models/code"}
+
+
+@pytest.mark.parametrize("value", ["foo", "-1", "2.5", "[1]", "{a: 1}", "true", "null"])
+def test_what_may_be_scored_alone_was_said_to_be_auto_or_all(tmp_path: Path, value: str) -> None:
+    """Also to those who gave a number or names; a list of wrong ones was two problems."""
+    model(tmp_path / "pool" / "math")
+    text = f"models: {{base: b, experts: pool}}\nbaselines: {{experts: {value}}}\n{REST}"
+    [line] = problems(tmp_path / "study.yaml", text)
+    start = "baselines.experts: must be auto, all, a list of names, or how many at most, got "
+    assert line.startswith(start)
+
+
+@pytest.mark.parametrize("value", ["auto", "all", "0", "3", "[]", "[math]"])
+def test_what_may_be_scored_alone(tmp_path: Path, value: str) -> None:
+    model(tmp_path / "pool" / "math")
+    path = tmp_path / "study.yaml"
+    text = f"models: {{base: b, experts: pool}}\nbaselines: {{experts: {value}}}\n{REST}"
+    path.write_text(text)
+    assert str(load(path).baselines.experts).replace("'", "") == value
