@@ -11,7 +11,7 @@ from evomerge.metric_names import objective_metrics
 from evomerge.projection import Step
 from evomerge.study_record import History, Split
 from evomerge.study_view import StudyView
-from evomerge.trial import Trial, TrialState
+from evomerge.trial import Failure, Trial, TrialState
 
 #: The rate of trials is that of so many last ones.
 _RATE_TRIALS = 20
@@ -36,7 +36,8 @@ class Series:
     def steps(self, view: StudyView) -> tuple[Step, ...]:
         """Return the steps up to the first trial without a result.
 
-        None before all baselines have one: they fix the hypervolume's reference point. Where the
+        None before all baselines have one: they fix the hypervolume's reference point. The last
+        trials wait while they fail, see ``_lasting``: MLflow can change no point. Where the
         journal was read again, or stopped trials were completed, all of it is computed anew.
         """
         completed = sum(split == "complete" for split, _ in view.results)
@@ -45,6 +46,7 @@ class Series:
             self._history, self._completed = view.history, completed
         states = [trial.state for trial in view.trials]
         settled = states.index(TrialState.ASKED) if TrialState.ASKED in states else len(states)
+        settled = min(settled, _lasting(view))
         if settled < max(1, len(view.contract["baselines"])):
             return ()
         self._steps += self._further(view, settled)
@@ -93,6 +95,27 @@ def _searched(view: StudyView, number: int) -> list[tuple[Split, int]]:
     """Return under which keys the search's results of a trial are."""
     keys: tuple[Split, ...] = ("search", "part")
     return [(split, number) for split in keys if (split, number) in view.results]
+
+
+def _lasting(view: StudyView) -> int:
+    """Return the number of the first trial that may yet be forgotten and run again.
+
+    A study that stops at failures in a row repeats those: in the order of arrival, or of asking.
+    """
+    if view.history.done is not None:
+        return len(view.trials)
+    arrived = [number for split, number in view.results if split == "search"]
+    found = len(view.trials)
+    for order in (arrived, sorted(arrived)):
+        first: int | None = None
+        for number in order:
+            result = view.results["search", number]
+            if isinstance(result.value, Failure):
+                first = number if first is None else first
+            elif result.reused is None:
+                first = None
+        found = found if first is None else min(found, first)
+    return found
 
 
 def audit_errors(view: StudyView) -> dict[int, dict[str, float]]:
