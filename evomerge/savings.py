@@ -44,7 +44,8 @@ def savings_lines(facts: dict[str, Any]) -> dict[str, str]:
         if key in items
     ]  # fmt: skip
     saved = f"; {items['saved']:,} of the search were saved" if "saved" in items else ""
-    lines = {"items scored": f"{items.get('scored', 0):,} ({', '.join(parts)}){saved}"}
+    inside = f" ({', '.join(parts)})" if parts else ""
+    lines = {"items scored": f"{items.get('scored', 0):,}{inside}{saved}"}
     if "stopped_early" in facts:
         lines["stopped early"] = f"{facts['stopped_early']} trials, by racing"
     for name, found in facts.get("estimator", {}).items():
