@@ -32,6 +32,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "sequence_bias": (None,), "exponential_decay_length_penalty": (None,),
     "guidance_scale": (None, 1.0), "watermarking_config": (None,), "penalty_alpha": (None, 0.0),
     "stop_strings": (None,), "max_time": (None,), "prompt_lookup_num_tokens": (None,),
+    "max_new_tokens": (None,),  # of a model's own, before what a task asks for
 }  # fmt: skip
 
 
@@ -172,8 +173,9 @@ class Runner:
         return arranged(self._forward, asked, lm.max_length), owners
 
     def _prompt(self, text: str) -> list[int]:
+        """Tokenise a prompt; one without tokens is read as an empty context is, see above."""
         tokens: list[int] = self._lm.tok_batch_encode([text])[0][0].tolist()
-        return tokens
+        return tokens or [self._lm.prefix_token_id]
 
     def _plan(self, key: Hashable, make: Any) -> Any:
         """Return what was made for the same requests before."""
