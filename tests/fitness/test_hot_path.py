@@ -245,6 +245,32 @@ def test_an_empty_prompt_was_given_the_answer_to_another() -> None:
     assert runner.generate_until(both[:1]) == start
 
 
+@pytest.mark.parametrize("name", ["gemma2", "longrope"])
+def test_one_long_prompt_sent_all_others_to_lm_eval(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that an answer depended on what else was asked: long rows turn the short ones beside."""
+    model = make(name)
+    lm = lm_of(model)
+    runner = Runner(lm)
+    settings = {"until": ["<never>"], "max_gen_toks": 6, "do_sample": False}
+    short = [Request((text, settings)) for text in ("abc", "some words", "")]
+    long = [Request(("many words " * 5, settings))]
+    alone = runner.generate_until(short)
+    sent: list[str] = []
+    whole = lm.generate_until
+
+    def noted(requests: Any, **settings: Any) -> Any:
+        sent.extend(request.args[0] for request in requests)
+        return whole(requests, **settings)
+
+    monkeypatch.setattr(lm, "generate_until", noted)
+    both = runner.generate_until([*long, *short])
+    assert both[1:] == alone
+    assert both[:1] == lm_of(model, 1).generate_until(long, disable_tqdm=True)
+    assert sent == [long[0].args[0]]
+
+
 def test_windows_are_found_whatever_they_are_called() -> None:
     """GPT-Neo has local layers; long rotary embeddings turn a whole batch by its longest row."""
     import transformers
