@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.config import StudyFile
-from evomerge.economy_sections import EstimatorSection
+from evomerge.economy_sections import BY_ITEMS, EstimatorSection
 from evomerge.errors import StorageError
 from evomerge.fitness.composite import Composite
 from evomerge.fitness.splits import ItemSplit
@@ -45,8 +45,6 @@ ITEMS = 60
 FEWEST_ITEMS, FEWEST_TRIALS = 200, 25
 #: Trials between two that are scored in full; and how many of these a search should have.
 FULL_EVERY, CHECKS = 20, 5
-#: Searchers that learn from the items and not from the value alone.
-_BY_ITEMS = ("m2n2",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +130,7 @@ def _otherwise(file: StudyFile, every: int) -> str:
         return "fitness.items.policy: resampled chooses them"
     if file.search.racing is not None:
         return "search.racing saves items already; both together were not measured"
-    if file.search.searcher in _BY_ITEMS:
+    if file.search.searcher in BY_ITEMS:
         return f"{file.search.searcher} learns from single items"
     if file.search.trials is not None and file.search.trials < FEWEST_TRIALS:
         return (

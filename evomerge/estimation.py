@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from evomerge.config import StudyFile
-from evomerge.economy_sections import EstimatorSection
+from evomerge.economy_sections import BY_ITEMS, EstimatorSection
 from evomerge.errors import InputError, suggest
 from evomerge.estimate import Answers, Endpoint, Estimate, Estimation, Estimator
 from evomerge.fitness.aggregate import Aggregate, MeanEstimator
@@ -53,6 +53,11 @@ def estimation(file: StudyFile, root: Path, fitness: Composite) -> Estimation | 
         problems.append(
             f"refresh: {section.refresh}: {section.design} items are not drawn, so that another "
             f"choice would be nearly the same one (take refresh: never, or a design of {others})"
+        )
+    if section.refresh != "never" and file.search.searcher in BY_ITEMS:
+        problems.append(
+            f"refresh: {section.refresh}: {file.search.searcher} compares merges item by item, so "
+            "that all must have the same ones (take refresh: never, or another searcher)"
         )
     banks: dict[int, ItemBank] = {}
     for name, path in section.banks.items():
