@@ -20,6 +20,7 @@ from tiny_project import tiny_project
 from evomerge import cli
 from evomerge.config import StudyFile, load
 from evomerge.errors import StudyFileError
+from evomerge.expert_folder import experts_in
 from evomerge.journal import JOURNAL
 from evomerge.merge.engine import Engine
 from evomerge.merge.merger import Merger, alone, models_of
@@ -120,6 +121,32 @@ class TestStudyFile:
         shutil.rmtree(tmp_path / "adapters" / "half")
         with pytest.raises(StudyFileError, match=r"models\.experts.*v1\.5.*use letters"):
             load(path)
+
+    def test_a_folder_that_cannot_be_read_is_a_problem(self, tmp_path: Path) -> None:
+        """An unknown user was a traceback, and no path the folder of the file, read as /."""
+        for folder, said in (
+            ("~nobody-here/adapters", "'~nobody-here/adapters' cannot be read: Could not deter"),
+            ("x" * 300, "cannot be read: File name too long"),
+            ("''", "no such folder:  (a folder whose"),
+        ):
+            (tmp_path / "study.yaml").write_text(
+                f"models: {{base: b, experts: {folder}}}\nfitness: {{tasks: [t]}}\n"
+            )
+            with pytest.raises(StudyFileError) as caught:
+                load(tmp_path / "study.yaml")
+            assert said in str(caught.value)
+
+    def test_a_link_to_nowhere_is_no_file_that_is_passed_over(self, tmp_path: Path) -> None:
+        """Its adapter was missing from the study, and nothing said so."""
+        save_adapter(tmp_path / "adapters/one", 1)
+        (tmp_path / "adapters/two").symlink_to(tmp_path / "moved")
+        found, problems = experts_in("adapters", tmp_path)
+        assert list(found) == ["one", "two"]
+        assert len(problems) == 1
+        assert "adapters/two is no model" in problems[0]
+        (tmp_path / "adapters/two").unlink()
+        (tmp_path / "adapters/two").symlink_to(save_adapter(tmp_path / "elsewhere", 2))
+        assert experts_in("adapters", tmp_path)[1] == []
 
     def test_every_problem_is_reported_before_any_weight_is_read(
         self, project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
@@ -254,6 +281,37 @@ class TestBaselines:
             file = StudyFile.model_validate(yaml.safe_load(text + space))
             assert len(scored_alone(file)) == count
             assert len(baseline_warnings(file)) == (count == 20)
+
+    def test_experts_that_a_mixing_searcher_would_leave_out_are_told(self) -> None:
+        """m2n2 and nested_map merged so many experts only, and the warning spoke of the best."""
+        text = "models: {base: b, experts: {a: a, b: b, c: c}}\nfitness: {tasks: [t]}\n"
+        text += "space: {method: lora_factors}\n"
+        for wanted, left in (("2", 1), ("[b]", 2)):
+            text_of = text + "search: {searcher: %s}\nbaselines: {experts: %s}\n"
+            file = StudyFile.model_validate(yaml.safe_load(text_of % ("nested_map", wanted)))
+            assert baseline_warnings(file) == [
+                "baselines.experts: nested_map mixes the baselines, so that the "
+                f"{left} experts that are not scored alone take no part (all)"
+            ]
+
+    def test_no_scale_below_zero_is_a_square(self, project: Path) -> None:
+        """-0.5 was scored as 0.5, under its own name: all signs turned is the same merge."""
+        path = project / "study.yaml"
+        with pytest.raises(StudyFileError, match=r"task_arithmetic: -0.5: lora_factors adds the s"):
+            prepare(load(path, ["baselines.task_arithmetic=[0.5, -0.5]"]), path)
+        others = ["space.method=task_arithmetic", "space.parameters={weight: {low: 0, high: 1}}"]
+        others += ["baselines.task_arithmetic=[-0.5]", "search.searcher=random"]
+        found = prepare(load(path, [*others, "search.arguments={}"]), path)
+        assert found.baselines[-1].label == "task_arithmetic:-0.5"
+
+    def test_of_negative_weights_baselines_are_points(self, project: Path) -> None:
+        """They were none: recipes have the other sign, which lies outside of such a box."""
+        path = project / "study.yaml"
+        found = prepare(load(path, ["space.parameters.weight={low: -1.5, high: 0}"]), path)
+        for one in found.baselines:
+            assert one.x is not None
+            assert found.space.decode(one.x).digest == one.recipe.digest
+            assert min(one.recipe.table[0]) >= 0.0
 
     def test_unknown_names_are_problems(self, project: Path) -> None:
         path = project / "study.yaml"
