@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +341,8 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int, where: str) -> f
     try:
         expected = int(_pattern_value(config.get("rank_pattern"), module, config["r"]))
         alpha = float(_pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"]))
+        if not isfinite(alpha):  # JSON in Python has NaN and Infinity
+            raise ValueError(f"lora_alpha is {alpha}")
     except (KeyError, TypeError, ValueError, re.error) as error:
         raise ModelError(f"{where}: {_CONFIG}: no valid r and lora_alpha ({error})") from error
     if expected != rank or rank == 0:

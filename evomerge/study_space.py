@@ -287,8 +287,9 @@ def baseline_warnings(file: StudyFile) -> list[str]:
         return []
     if file.search.searcher in MIXING:
         return [
-            f"baselines.experts: {file.search.searcher} mixes the baselines, so that the "
-            f"{len(experts) - len(chosen)} experts that are not scored alone take no part (all)"
+            f"baselines.experts: {file.search.searcher} mixes the baselines, and "
+            f"{len(experts) - len(chosen)} of {len(experts)} experts are not among them alone "
+            "(all gives it each of them)"
         ]
     if isinstance(file.baselines.experts, list):
         return []

@@ -378,6 +378,8 @@ def test_other_features_are_refused_by_name(
         ({"rank_pattern": {"q_proj": 9}}, "q_proj has rank 3, adapter_config.json says 9"),
         ({"alpha_pattern": {"(a+)+q_proj": 9}}, "is not allowed"),
         ({"lora_alpha": None}, "no valid r and lora_alpha"),
+        ({"lora_alpha": float("nan")}, "no valid r and lora_alpha (lora_alpha is nan)"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "lora_alpha (lora_alpha is inf)"),
         ({"modules": {}}, "the adapter has no tensors"),
         (
             {"extra": {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": (3, 16)}},

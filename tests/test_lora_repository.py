@@ -283,15 +283,15 @@ class TestBaselines:
             assert len(baseline_warnings(file)) == (count == 20)
 
     def test_experts_that_a_mixing_searcher_would_leave_out_are_told(self) -> None:
-        """m2n2 and nested_map merged so many experts only, and the warning spoke of the best."""
+        """The warning spoke of the best one, and with names there was none."""
         text = "models: {base: b, experts: {a: a, b: b, c: c}}\nfitness: {tasks: [t]}\n"
         text += "space: {method: lora_factors}\n"
         for wanted, left in (("2", 1), ("[b]", 2)):
             text_of = text + "search: {searcher: %s}\nbaselines: {experts: %s}\n"
             file = StudyFile.model_validate(yaml.safe_load(text_of % ("nested_map", wanted)))
             assert baseline_warnings(file) == [
-                "baselines.experts: nested_map mixes the baselines, so that the "
-                f"{left} experts that are not scored alone take no part (all)"
+                f"baselines.experts: nested_map mixes the baselines, and {left} of 3 experts are "
+                "not among them alone (all gives it each of them)"
             ]
 
     def test_no_scale_below_zero_is_a_square(self, project: Path) -> None:
@@ -312,6 +312,16 @@ class TestBaselines:
             assert one.x is not None
             assert found.space.decode(one.x).digest == one.recipe.digest
             assert min(one.recipe.table[0]) >= 0.0
+
+    @pytest.mark.parametrize("given", ["-1", "true", "some", "{a: 1}"])
+    def test_what_else_they_can_be_is_said(self, project: Path, given: str) -> None:
+        """It was said that -1 should be auto or all."""
+        with pytest.raises(StudyFileError) as caught:
+            load(project / "study.yaml", [f"baselines.experts={given}"])
+        (problem,) = caught.value.problems
+        assert problem.startswith(
+            "baselines.experts: must be auto, all, how many of them (0 or more), or a list of"
+        )
 
     def test_unknown_names_are_problems(self, project: Path) -> None:
         path = project / "study.yaml"
