@@ -424,6 +424,23 @@ class TestTakeHome:
         for name, tensor in tensors(out).items():
             np.testing.assert_array_equal(tensors(again)[name], tensor)
 
+    def test_adapters_are_found_where_their_base_is_elsewhere(
+        self, project: Path, view: StudyView, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        """Below --models there had to be the base too, and with --base they were not found."""
+        out = tmp_path / "m"
+        assert main("export", view.directory, "--trial", best(view), "--out", out) == 0
+        shutil.copytree(project / "adapters", tmp_path / "store")
+        shutil.copytree(project / "models/base", tmp_path / "base")
+        places = ["--base", tmp_path / "base", "--models", tmp_path / "store"]
+        again = tmp_path / "again"
+        assert main("merge", out / "evomerge_recipe.json", "--out", again, *places) == 0
+        for name, tensor in tensors(out).items():
+            np.testing.assert_array_equal(tensors(again)[name], tensor)
+        monkeypatch.chdir(project)
+        assert main("verify", out, *places) == 0, capsys.readouterr()
+
     def test_the_adapter_is_the_merge_itself(
         self, project: Path, view: StudyView, tmp_path: Path, capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
