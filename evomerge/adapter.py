@@ -43,9 +43,15 @@ _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def is_adapter(directory: Path) -> bool:
-    """Tell whether a directory holds a peft adapter and no full checkpoint."""
-    full = ("config.json", "model.safetensors", "model.safetensors.index.json")
-    return (directory / _CONFIG).exists() and not any((directory / name).exists() for name in full)
+    """Tell whether a directory holds a peft adapter and no full checkpoint.
+
+    A ``config.json`` beside the weights of an adapter alone is a trainer's copy of the base's.
+    """
+    if not (directory / _CONFIG).exists():
+        return False
+    if any(any(directory.glob(names)) for names in ("model*.safetensors*", "pytorch_model*")):
+        return False
+    return (directory / _WEIGHTS).exists() or not (directory / "config.json").exists()
 
 
 def open_adapter(
