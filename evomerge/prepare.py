@@ -8,7 +8,12 @@ from hashlib import blake2b
 from pathlib import Path
 
 from evomerge.advice import study_warnings
-from evomerge.capacity import MemoryEstimate, capacity_warnings, estimate_memory
+from evomerge.capacity import (
+    MemoryEstimate,
+    capacity_warnings,
+    estimate_memory,
+    temporary_warnings,
+)
 from evomerge.checkpoint import resolve_source
 from evomerge.config import StudyFile
 from evomerge.default_estimator import decide
@@ -253,6 +258,7 @@ def prepare(file: StudyFile, path: Path, progress: Progress = lambda done, total
         memory = estimate_memory(file.pool, models, space.dtype)
     except EvomergeError as error:
         raise StudyFileError(str(path), [str(error)]) from error
+    trims = any(name.startswith("density.") and column != 1.0 for name, column in columns.items())
     return Prepared(
         file=file,
         root=root,
@@ -270,6 +276,7 @@ def prepare(file: StudyFile, path: Path, progress: Progress = lambda done, total
             *averaged,
             *baseline_warnings(file),
             *capacity_warnings(file.pool, models, space.dtype),
+            *temporary_warnings(file.pool, models, trims),
         ),
         estimate=estimate,
     )

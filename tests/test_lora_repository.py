@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,29 @@ class TestStudyFile:
             "baselines.experts: 4 of 6 experts are scored alone, evenly spaced in their order "
             "(chat, code, math, ...)" in text
         )
+
+    def test_temporary_files_that_do_not_fit_are_told(
+        self, project: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each worker sorts the magnitudes of all A into a file, or folds every adapter."""
+        path, free = project / "study.yaml", SimpleNamespace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+        count = len(NAMES)
+        magnitudes = 4 * 3 * (16 + 16 + 16 + 24) * count
+        folded = 4 * sum(out * columns for out, columns in MODULES.values()) * count
+        whole = [
+            "space.method=task_arithmetic", "space.parameters={weight: {low: 0, high: 1}}",
+            "search={searcher: random, trials: 4}",
+        ]  # fmt: skip
+        for overrides, expected, what in (
+            ([], magnitudes, "sorted magnitudes of the adapters"), (whole, folded, "folded ad"),
+            (["space.parameters.density=1"], 0, ""),
+        ):  # fmt: skip
+            for less in (0, 1) if expected else (0,):
+                free.free = expected - less
+                found = [w for w in prepare(load(path, overrides), path).warnings if "TMPDIR" in w]
+                assert len(found) == less
+                assert all(f"1 worker will write 0.00 GB each ({what}" in line for line in found)
 
     def test_list_shows_the_method(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main("list", "methods") == 0

@@ -132,13 +132,14 @@ def _difference(found: Forms, usual: Forms, first: str) -> str:
     return ""
 
 
-def factor_bytes(models: Models) -> int:
-    """Return the bytes of all factors of all experts, as stored."""
+def factor_bytes(models: Models, which: str = "ab") -> int:
+    """Return the bytes of the factors of all experts, as stored; ``a``, ``b`` or both."""
     return sum(
         (entry.stop - entry.start)
         for expert in models.experts
         for fold in expert.folds.values()
-        for entry in (fold.a, fold.b)
+        for name, entry in (("a", fold.a), ("b", fold.b))
+        if name in which
     )
 
 
