@@ -54,6 +54,16 @@ def is_adapter(directory: Path) -> bool:
     return (directory / _WEIGHTS).exists() or not (directory / "config.json").exists()
 
 
+def made_for(directory: Path, where: str) -> tuple[str, str]:
+    """Return the base that an adapter names, and its revision; empty where it names none.
+
+    Raises:
+        ModelError: its config cannot be read.
+    """
+    config = read_json_mapping(directory / _CONFIG, where)
+    return str(config.get("base_model_name_or_path") or ""), str(config.get("revision") or "")
+
+
 def open_adapter(
     source: str, directory: Path, name: str, base: Checkpoint, where: str
 ) -> Checkpoint:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
+from evomerge.adapter import made_for
+from evomerge.checkpoint import is_local
 from evomerge.config import PoolSection, StudyFile
 from evomerge.economy import item_evaluations
 from evomerge.fitness.splits import ItemSplit
+from evomerge.models import Models
 from evomerge.search.generation import generation_size
 from evomerge.search.protocol import SearchProblem
 from evomerge.space import Space
@@ -25,6 +29,28 @@ def study_warnings(
         problem: what the searcher will be given, without the baselines' scores.
     """
     return [*_search(file, space), *_item_budget(file, splits, problem), *_pool(file)]
+
+
+def adapter_warnings(models: Models) -> list[str]:
+    """Return which adapters say that they were made for another base, or another commit of it.
+
+    Both must be of the Hub: the paths of a machine that trained an adapter tell nothing here.
+    """
+    repo, _, commit = models.base.pinned.partition("@")
+    warnings = []
+    for expert in models.experts:
+        if not expert.folds or is_local(models.base.source):
+            continue
+        where = f"models.experts.{expert.name}"
+        named, revision = made_for(expert.directory, where)
+        if named.count("/") == 1 and named[0] not in "./~" and named.lower() != repo.lower():
+            warnings.append(f"{where}: the adapter was made for {named}, the base is {repo}")
+        elif re.fullmatch("[0-9a-f]{40}", revision) and commit and revision != commit:
+            warnings.append(
+                f"{where}: the adapter was made for {repo}@{revision}, the base is at {commit} "
+                f"(models.base: {repo}@{revision})"
+            )
+    return warnings
 
 
 def _search(file: StudyFile, space: Space) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evomerge.evaluations import Evaluations, Request
 from evomerge.feasibility import violation
@@ -23,12 +23,13 @@ class Member:
 
     def up_to(self, rung: int) -> Request:
         """Return the request for its first items."""
-        return Request(self.trial, "part", self.chosen.items, self.chosen.mode, rung=rung)
+        return replace(self.whole, split="part", rung=rung)
 
     @property
     def whole(self) -> Request:
         """The request for all its items."""
-        return Request(self.trial, "search", self.chosen.items, self.chosen.mode)
+        chosen = self.chosen
+        return Request(self.trial, "search", chosen.items, chosen.mode, design=chosen.design)
 
 
 class Brackets:

@@ -109,9 +109,8 @@ def methods() -> list[Row]:
                 "searchable": ", ".join(parameters),
                 "experts": _count(low, high),
                 "source": method.source,
-                "options": "".join(
-                    f"\n      {option.name}: {option.help}; {_choices(option)}"
-                    for option in method.options
+                "options": "\n".join(
+                    f"{option.name}: {option.help}; {_choices(option)}" for option in method.options
                 ),
             }
         )

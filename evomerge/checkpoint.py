@@ -116,6 +116,19 @@ class Checkpoint:
     folds: Mapping[str, LowRank] = field(default_factory=dict)
 
     @property
+    def pinned(self) -> str:
+        """The source; of a hub id at the commit that was read, where the cache's layout tells it.
+
+        A branch or tag may point to other weights tomorrow, or on another machine.
+        """
+        if is_local(self.source):
+            return self.source
+        repo, _, _ = self.source.partition("@")
+        commit = self.directory.name
+        known = self.directory.parent.name == "snapshots" and len(commit) == 40
+        return f"{repo}@{commit}" if known else self.source
+
+    @property
     def tied(self) -> bool:
         """Whether the head is the embedding.
 

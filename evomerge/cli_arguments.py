@@ -61,10 +61,17 @@ def prepared_study(file: Path, overrides: tuple[str, ...] = ()) -> Prepared:
 
     from evomerge.byte_progress import byte_progress
     from evomerge.config import load
+    from evomerge.errors import StudyFileError
+    from evomerge.examination import further_problems
     from evomerge.prepare import prepare
 
+    try:
+        loaded = load(file, overrides)
+    except StudyFileError as error:
+        further = further_problems(file, overrides)
+        raise StudyFileError(error.source, [*error.problems, *further]) from error
     with byte_progress("weights for importance", Console(stderr=True)) as progress:
-        return prepare(load(file, overrides), file, progress)
+        return prepare(loaded, file, progress)
 
 
 def print_json(data: Any) -> None:

@@ -123,9 +123,9 @@ def _adapters(folder: str | None, file: Path) -> tuple[str, int] | None:
 def check(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check a study file against models and tasks; touch no GPU, weights for importance(n) only.
 
-    Every problem comes with its dotted path, and as many as can be seen at once: first all
-    problems of form (unknown keys, wrong types), then, in a file of good form, all problems of
-    content (models, tasks, ranges). Exit code 2 where there is one.
+    Every problem comes with its dotted path, all of them at once: those of form (unknown keys,
+    wrong types), then those of content (models, tasks, ranges). Only what follows from another
+    problem is left out. Exit code 2 where there is one.
     """
     from evomerge.facts import plan_facts, plan_lines
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,6 +167,7 @@ def report(study: str, overrides: tuple[str, ...], out: Path | None, markdown: P
     merge gains over the baselines with intervals, best values over the trials, coefficients,
     failures, audits of estimates, versions, and commands to go on. Works while the search runs.
     """
+    from evomerge.atomic_file import write_text
     from evomerge.report import save_report
     from evomerge.report_summary import report_markdown
 
@@ -180,7 +183,7 @@ def report(study: str, overrides: tuple[str, ...], out: Path | None, markdown: P
         if str(markdown) == "-":
             click.echo(text, nl=False)
         else:
-            markdown.write_text(text, encoding="utf-8")
+            write_text(markdown, text, "--markdown")
             click.echo(f"wrote {markdown}")
 
 
@@ -227,6 +230,7 @@ def status(study: str, overrides: tuple[str, ...], address: str | None, as_json:
 def list_(what: str, under: Path, as_json: bool) -> None:
     """List methods, searchers, partitions, objectives, estimators, or the studies of a folder."""
     from evomerge.catalogue import catalogue, catalogue_lines
+    from evomerge.listing import listing
 
     if as_json:
         print_json(catalogue(what, under))
@@ -234,12 +238,9 @@ def list_(what: str, under: Path, as_json: bool) -> None:
     rows = catalogue_lines(what, under)
     if not rows:
         click.echo(f"no studies below {under}")
-    for row in rows:
-        (_, name), (_, text), *rest = row.items()
-        click.echo(f"{click.style(f'{name:<16}', bold=True)} {text}")
-        details = [f"{key}: {value}" for key, value in rest if value]
-        if details:
-            click.echo("    " + "; ".join(details))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for name, text in listing(rows, width):
+        click.echo(f"{click.style(name, bold=True)}{text}")
 
 
 @click.command()

@@ -6,12 +6,13 @@ import os
 import signal
 import sys
 import webbrowser
+from contextlib import ExitStack
 from types import FrameType
 
 import click
 
 from evomerge.cli_arguments import STUDY, open_view
-from evomerge.errors import InputError
+from evomerge.errors import InputError, SetupError
 
 
 @click.command()
@@ -19,9 +20,10 @@ from evomerge.errors import InputError
 @click.option("--port", type=click.IntRange(1, 65535), default=None, help="A free one if absent.")
 @click.option("--no-browser", is_flag=True, help="Only print the address.")
 @click.option(
-    "--page", type=click.Choice(["pareto", "front", "overview"]), default="pareto",
+    "--page", type=click.Choice(["pareto", "front", "overview", "studies"]), default="pareto",
     show_default=True,
-    help="MLflow's own charts of the trials, the interactive front, or the description.",
+    help="MLflow's own charts of the trials, the interactive front, the description, or the list "
+    "of all studies of the experiment.",
 )  # fmt: skip
 def ui(study: str, port: int | None, no_browser: bool, page: str) -> None:
     """Open MLflow on a study.
@@ -29,14 +31,22 @@ def ui(study: str, port: int | None, no_browser: bool, page: str) -> None:
     Starts MLflow's user interface on this machine, prints the address of the study's page and
     opens it, until Ctrl-C. A study that is tracked on a server is opened there.
     """
-    from evomerge.launch import locate_study
-    from evomerge.tracking_target import is_server, pareto_url, ui_url
-    from evomerge.ui_server import free_port, ui_server
+    from rich.console import Console
 
-    target, synced = locate_study(open_view(study))
+    from evomerge.launch import locate_study
+    from evomerge.tracking_target import is_server, pareto_url, studies_url, ui_url
+    from evomerge.ui_server import free_port, ui_server
+    from evomerge.waiting_line import waiting_line
+
+    console = Console(stderr=True)
+    view = open_view(study)
+    with waiting_line("MLflow to hold all of the study", console):
+        target, synced = locate_study(view)
     chosen = port or free_port()
     if page == "pareto":
         url = pareto_url(target, synced, chosen)
+    elif page == "studies":
+        url = studies_url(target, synced, chosen)
     else:
         url = ui_url(target, synced, chosen, "front.html" if page == "front" else "")
     if is_server(target):
@@ -46,11 +56,13 @@ def ui(study: str, port: int | None, no_browser: bool, page: str) -> None:
         return
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        click.echo("starting MLflow's user interface ...", err=True)
-        with ui_server(target.uri, chosen) as process:
+        with ExitStack() as stack:
+            with waiting_line(f"MLflow's user interface to answer on port {chosen}", console):
+                process = stack.enter_context(ui_server(target.uri, chosen))
             _show(url, no_browser)
             click.echo("Ctrl-C stops it", err=True)
-            process.wait()
+            code = process.wait()
+        raise SetupError(f"MLflow's user interface ended by itself, exit code {code} (try again)")
     except KeyboardInterrupt:
         click.echo("stopped", err=True)
 

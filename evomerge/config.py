@@ -270,17 +270,32 @@ def load(path: Path, overrides: Sequence[str] = ()) -> StudyFile:
     Raises:
         StudyFileError: every problem, with its dotted path.
     """
-    data = strict_yaml.read_mapping(path)
-    for override in overrides:
-        _override(data, override)
+    data = read_data(path, overrides)
     problems = list_experts(data, path.resolve().parent)
     if problems:
         raise StudyFileError(str(path), problems)
     try:
         study = StudyFile.model_validate(data)
     except ValidationError as error:
-        raise StudyFileError(str(path), _problems(error, data)) from error
+        raise StudyFileError(str(path), form_problems(error, data)) from error
+    return named(study, path)
+
+
+def named(study: StudyFile, path: Path) -> StudyFile:
+    """Return a study with a name: its file's where it has none."""
     return study.model_copy(update={"name": study.name or _default_name(path)})
+
+
+def read_data(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return what is written in a study file, overridden but not checked.
+
+    Raises:
+        StudyFileError: it is no mapping in YAML, or an override has no valid form.
+    """
+    data = strict_yaml.read_mapping(path)
+    for override in overrides:
+        _override(data, override)
+    return data
 
 
 def _default_name(path: Path) -> str:
@@ -303,11 +318,11 @@ def _override(data: dict[str, Any], override: str) -> None:
     data[leaf] = value
 
 
-def _problems(error: ValidationError, data: dict[str, Any]) -> list[str]:
+def form_problems(error: ValidationError, data: dict[str, Any]) -> list[str]:
     """Return one line per problem: ``dotted.path: problem (remedy)``, each place once."""
     lines: dict[str, str] = {}
     for item in error.errors(include_url=False):
-        if _other_form(item["loc"], data):
+        if in_other_form(item["loc"], data):
             continue
         kind = _kind_at(item["loc"])
         location = [
@@ -349,7 +364,7 @@ _FORMS: dict[int | str, list[str]] = {
 }
 
 
-def _other_form(location: Sequence[int | str], data: dict[str, Any]) -> bool:
+def in_other_form(location: Sequence[int | str], data: dict[str, Any]) -> bool:
     """Return whether a problem is one of the form that a searched parameter was not given in."""
     form = next((part for part in location if part in _FORMS), None)
     if form is None:

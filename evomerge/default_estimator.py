@@ -192,6 +192,7 @@ def _kept(contract: Mapping[str, Any]) -> Choice:
         section = EstimatorSection(
             name=found["name"], items=settings["items"], design=settings["design"],
             full_every=found["full_every"], calibration=found["calibration"],
+            refresh=found.get("refresh", "never"),
         )  # fmt: skip
     text = contract["identity"].get("estimator")
     if text is None:

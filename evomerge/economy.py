@@ -116,7 +116,10 @@ def economy_lines(file: StudyFile) -> list[str]:
     if items.per_trial is not None:
         lines.append(f"{items.per_trial} fresh items per generation")
     if estimator is not None:
-        lines.append(f"{estimator.name} from {estimator.items} items ({estimator.design})")
+        fresh = {"never": "", "generation": ", fresh per generation"}.get(
+            str(estimator.refresh), f", fresh after {estimator.refresh} trials"
+        )
+        lines.append(f"{estimator.name} from {estimator.items} items ({estimator.design}{fresh})")
     if racing is not None:
         rungs = ", ".join(map(str, racing.rungs))
         halves = racing.rule == "halving"

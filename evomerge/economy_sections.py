@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from evomerge.objective_sections import ItemsSection, Section
@@ -41,6 +41,11 @@ class EstimatorSection(Section):
     name: str = Field(description="see `evomerge list estimators`")
     items: int = Field(ge=1, description="items of each task that trials are scored on")
     design: str = Field("random", description="how they are chosen among the search items")
+    refresh: Literal["never", "generation"] | int = Field(
+        "never",
+        description="when other items are chosen: never, for every generation of the searcher, or "
+        "after so many trials; common to the trials between",
+    )
     full_every: int | None = Field(
         20, ge=1,
         description="every so many-th trial is scored on all search items, to see how far off the "
@@ -55,6 +60,16 @@ class EstimatorSection(Section):
         description="merges by chance that are scored on all search items first, as base and "
         "experts are",
     )  # fmt: skip
+
+    @field_validator("refresh", mode="before")
+    @classmethod
+    def _refreshable(cls, value: object) -> object:
+        number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not number and value not in ("never", "generation"):
+            raise PydanticCustomError(
+                "refresh", "must be never, generation, or a number of trials of at least 1"
+            )
+        return value
 
 
 #: Keys of ``search.racing`` that belong to one rule.

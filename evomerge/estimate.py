@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,11 @@ class Endpoint:
     answers: tuple[Answers, ...]
 
 
-#: From the endpoints [K] to the items that every trial is scored on [m][n], in the order of
-#: scoring, and to what makes values of their answers. Pure: the same endpoints give the same
-#: items and an estimator that gives the same estimates, in any process.
-Prepare = Callable[[Sequence[Endpoint]], tuple[tuple[tuple[str, ...], ...], Estimator]]
+#: From the endpoints [K] and the number of a draw to the items that trials are scored on [m][n],
+#: in the order of scoring, and to what makes values of their answers. Pure: the same endpoints
+#: and number give the same items and an estimator that gives the same estimates, in any process.
+#: All draws are of one size.
+Prepare = Callable[[Sequence[Endpoint], int], tuple[tuple[tuple[str, ...], ...], Estimator]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +80,14 @@ class Estimation:
 
     Attributes:
         name: of the estimator, for the record.
-        prepare: see ``Prepare``; called once, when all endpoints have been scored.
+        prepare: see ``Prepare``; called when all endpoints have been scored, once for a draw.
         full_every: every so many-th trial of the search is scored on all search items, which
             shows how far off the estimator is; None for never.
         calibration: merges by chance that are endpoints too, beside base and experts.
         settings: JSON-able facts that decide the estimates; they must not change when a study
             is continued.
+        refresh: trials that share the items of a draw, or those of a ``generation`` of the
+            searcher; None for one draw, for all of them.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Estimation:
     full_every: int | None = None
     calibration: int = 0
     settings: Mapping[str, object] = field(default_factory=dict)
+    refresh: int | Literal["generation"] | None = None
 
 
 def mean_of(scores: Sequence[float], population: int | None = None) -> tuple[float, float]:
@@ -113,7 +117,7 @@ def mean_of(scores: Sequence[float], population: int | None = None) -> tuple[flo
     spread = sum((score - mean) ** 2 for score in scores)
     error = math.sqrt(spread / (n - 1)) / math.sqrt(n)
     if population is not None:
-        error *= math.sqrt(max(population - n, 0) / max(population - 1, 1))
+        error *= math.sqrt(max(population - n, 0) / population)  # Cochran 1977, eq. 2.20
     return mean, error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from evomerge.estimate import Answers, Endpoint, Estimate, Estimation, Estimator
 from evomerge.fitness.aggregate import Aggregate, MeanEstimator
 from evomerge.fitness.composite import Composite
 from evomerge.fitness.irt.bank import ItemBank, load_bank
-from evomerge.fitness.irt.design import DESIGNS, choose_items
+from evomerge.fitness.irt.design import ANCHORS, DESIGNS, choose_items
 from evomerge.fitness.irt.estimators import ESTIMATORS, NEEDS, SubsetEstimator
 from evomerge.fitness.irt.population import Design, Endpoints, Population
 from evomerge.fitness.measures import MEASURES
@@ -48,6 +49,12 @@ def estimation(file: StudyFile, root: Path, fitness: Composite) -> Estimation | 
         problems.append(f"name: unknown {section.name!r}{suggest(section.name, ESTIMATORS)}")
     if section.design not in DESIGNS:
         problems.append(f"design: unknown {section.design!r}{suggest(section.design, DESIGNS)}")
+    if section.design in ANCHORS and section.refresh != "never":
+        others = ", ".join(sorted(DESIGNS.keys() - ANCHORS))
+        problems.append(
+            f"refresh: {section.refresh}: {section.design} items are not drawn, so that another "
+            f"choice would be nearly the same one (take refresh: never, or a design of {others})"
+        )
     banks: dict[int, ItemBank] = {}
     for name, path in section.banks.items():
         if name not in names:
@@ -79,6 +86,7 @@ def estimation(file: StudyFile, root: Path, fitness: Composite) -> Estimation | 
         ),
         full_every=section.full_every,
         calibration=section.calibration,
+        refresh=None if section.refresh == "never" else section.refresh,
         settings={
             "items": section.items,
             "design": section.design,
@@ -164,8 +172,12 @@ class Preparation:
     graded: tuple[bool, ...]
     raced: bool = False
 
-    def __call__(self, endpoints: Sequence[Endpoint]) -> tuple[Items, Estimator]:
+    def __call__(self, endpoints: Sequence[Endpoint], draw: int = 0) -> tuple[Items, Estimator]:
         """Choose the items and fit whatever there is to fit.
+
+        Args:
+            endpoints: base and experts, and merges by chance.
+            draw: number of the draw; the items of the next one are others.
 
         Raises:
             InputError: something that the estimator needs is missing.
@@ -182,9 +194,10 @@ class Preparation:
         populations = [self._population(number, endpoints) for number in numbers]
         modelled = [
             self._modelled(number, populations[number])
-            and self._usable(number, populations[number])
+            and self._usable(number, populations[number], said=draw > 0)
             for number in numbers
         ]
+        seed = self.seed if draw == 0 else _seed(self.seed, draw)
         keys = [
             (self.objectives[number] if source is None else source, populations[number].ids)
             for number, source in enumerate(self.sources)
@@ -195,16 +208,17 @@ class Preparation:
             try:
                 if key not in shared:
                     way = self._way(population, [modelled[n] for n in numbers if keys[n] == key])
-                    shared[key] = choose_items(way, population, count, self.seed, key[0])
+                    shared[key] = choose_items(way, population, count, seed, key[0])
                 ids = shared[key].ids
                 if self.raced and shared[key].name == "stratified":
-                    (ids,) = drawn((ids,), self.seed, 0, None)
+                    (ids,) = drawn((ids,), self.seed, draw, None)
                 items.append(ids)
                 if modelled[number]:
                     parts[number] = SubsetEstimator(self.name, [population.on(shared[key])])
             except InputError as error:
                 raise InputError(f"fitness.estimator: {objective}: {error}") from error
-        return tuple(items), _Parts(parts, MeanEstimator(self.aggregates))
+        pools = [population.ids for population in populations]
+        return tuple(items), _Parts(parts, MeanEstimator(self.aggregates, pools))
 
     def _way(self, population: Population, modelled: Sequence[bool]) -> str:
         """Return how the items are chosen of objectives that share them [k]."""
@@ -226,7 +240,7 @@ class Preparation:
             and ("bank" not in needs or number in self.banks)
         )
 
-    def _usable(self, number: int, population: Population) -> bool:
+    def _usable(self, number: int, population: Population, said: bool) -> bool:
         """Return whether an objective's margins say anything of its scores.
 
         Only scored endpoints can show that they do not. A study that got so far goes on, with the
@@ -237,11 +251,12 @@ class Preparation:
         try:
             SubsetEstimator(self.name, [population])
         except InputError as error:
-            logger.warning(
-                "fitness.estimator: %s: %s cannot be used, its value is the mean of items drawn "
-                "at random instead: %s",
-                self.objectives[number], self.name, error,
-            )  # fmt: skip
+            if not said:
+                logger.warning(
+                    "fitness.estimator: %s: %s cannot be used, its value is the mean of items "
+                    "drawn at random instead: %s",
+                    self.objectives[number], self.name, error,
+                )  # fmt: skip
             return False
         return True
 
@@ -277,6 +292,12 @@ class _Parts:
         if objective in self._parts:
             return self._parts[objective].estimate(0, answers)
         return self._mean.estimate(objective, answers)
+
+
+def _seed(seed: int, draw: int) -> int:
+    """Return the seed of a later draw; the first one has the study's own."""
+    digest = hashlib.blake2b(repr((seed, "refresh", draw)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def _weights(aggregate: Aggregate, ids: Sequence[str]) -> list[float]:

@@ -42,6 +42,7 @@ class Request:
             race.
         rung: with the split ``part``, score the first so many of each objective only; the trial
             is not finished then, unless it fails.
+        design: items of the estimator that are looked at in the mode ``check`` [m][n].
     """
 
     trial: Trial
@@ -50,6 +51,7 @@ class Request:
     mode: Mode = "mean"
     rivals: tuple[tuple[tuple[float, ...], ...], ...] = ()
     rung: int | None = None
+    design: Items = ()
 
     @property
     def wanted(self) -> Items:
@@ -128,8 +130,9 @@ class Evaluations:
         return len(self._in_flight)
 
     def estimate_by(self, estimator: Estimator, design: Items) -> None:
-        """Make values of requests in the modes ``estimate`` and ``check`` from now on."""
-        self._valuation = replace(self._valuation, estimator=estimator, design=design)
+        """Make values of what is scored on the items of a design, from now on."""
+        estimators = {**self._valuation.estimators, design: estimator}
+        self._valuation = replace(self._valuation, estimators=estimators)
 
     def answers(self, trial: Trial, items: Items) -> tuple[Answers, ...]:
         """Return the known answers of a trial to items, all of which must be known [m]."""
@@ -306,7 +309,8 @@ class Evaluations:
             self._cache.answers(digest, objective, ids[:rung])
             for objective, ids in enumerate(request.items)
         ]
-        return self._valuation.value(request.mode, answers, seconds)
+        design = request.design or request.items
+        return self._valuation.value(request.mode, answers, seconds, design)
 
     def _feed(self) -> None:
         """Hand jobs to the pool while it has a free worker."""

@@ -199,7 +199,7 @@ def export(
         written = Written(
             recipe=recipe,
             scored=scored,
-            mergekit=mergekit_config(recipe, models.layout, _sources(recipe)),
+            mergekit=mergekit_config(recipe, models.layout, mergekit_sources(recipe, models)),
             shown=shown,
             licence=licence,
             tokenizer="" if options.recipe_only else tokenizer.note,
@@ -276,7 +276,7 @@ def public_sources(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
     shown = []
     for one, path in zip(checkpoints, paths, strict=True):
         if path is None:
-            shown.append(_pinned(one))
+            shown.append(one.pinned)
             continue
         others = [other.parts for other in paths if other not in (None, path) and other]
         home = Path.home().resolve()
@@ -288,17 +288,6 @@ def public_sources(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
         tail = path.parts[-length:] if length else (one.name, path.name)
         shown.append("./" + "/".join(tail))
     return tuple(shown)
-
-
-def _pinned(checkpoint: Checkpoint) -> str:
-    """Return a hub id at the commit that was read, where the cache's layout tells it.
-
-    A branch or tag may point to other weights when the recipe is repeated.
-    """
-    repo, _, _ = checkpoint.source.partition("@")
-    folder = checkpoint.directory
-    commit = folder.parent.name == "snapshots" and len(folder.name) == 40
-    return f"{repo}@{folder.name}" if commit else checkpoint.source
 
 
 def public_recipe(recipe: Recipe, models: Models) -> Recipe:
@@ -319,5 +308,11 @@ def public_recipe(recipe: Recipe, models: Models) -> Recipe:
     return public
 
 
-def _sources(recipe: Recipe) -> dict[str, str]:
-    return {ref.name: ref.source for ref in (recipe.base, *recipe.experts)}
+def mergekit_sources(recipe: Recipe, models: Models) -> dict[str, str]:
+    """Return what mergekit calls each model, by its name in the recipe: ``base+adapter``."""
+    adapters = {expert.name for expert in models.experts if expert.folds}
+    base = recipe.base.source
+    return {
+        ref.name: f"{base}+{ref.source}" if ref.name in adapters else ref.source
+        for ref in (recipe.base, *recipe.experts)
+    }

@@ -30,7 +30,7 @@ def plan_facts(prepared: Prepared) -> dict[str, Any]:
         "study": str(file.name),
         "directory": str(prepared.directory),
         "models": {
-            model.name: model.source for model in (prepared.models.base, *prepared.models.experts)
+            model.name: model.pinned for model in (prepared.models.base, *prepared.models.experts)
         },
         "parameters": prepared.models.layout.parameters,
         "tensors": len(prepared.models.layout.slots),
@@ -118,7 +118,7 @@ def plan_lines(prepared: Prepared) -> dict[str, Any]:
 
 def _model_lines(models: Models) -> list[str]:
     """Return name and source of each model; of many the first few, and how many more there are."""
-    lines = [f"{model.name}: {model.source}" for model in (models.base, *models.experts)]
+    lines = [f"{model.name}: {model.pinned}" for model in (models.base, *models.experts)]
     if len(lines) <= _MODELS:
         return lines
     shown = lines[: _MODELS // 2]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from evomerge.errors import InputError
 from evomerge.item_cache import Items
@@ -46,10 +48,14 @@ class Chosen:
         items: ids [m][I], in the order of scoring.
         mode: what is made of the scores; ``check`` for all items, to see how far off the
             estimator is.
+        design: the items that an estimator chose [m][n]; empty without one.
+        draw: number of the draw; trials of one draw are scored on the same items.
     """
 
     items: Items
     mode: Mode = "mean"
+    design: Items = ()
+    draw: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,43 +68,54 @@ class TrialItems:
         resampled: fresh items per generation; None for the same ones throughout.
         shuffled: score the items in an order by chance: what a race scores first must stand for
             the rest.
-        design: the items that an estimator chose, None without one.
+        design: returns the items that an estimator chose, by number of the draw; None without
+            one.
         full_every: of a search with an estimator every so many-th trial is scored in full.
+        refresh: of a search with an estimator so many trials share its items, or those of a
+            generation; None for all of them.
     """
 
     pool: Items
     seed: int
     resampled: Resampled | None = None
     shuffled: bool = False
-    design: Items | None = None
+    design: Callable[[int], Items] | None = None
     full_every: int | None = None
+    refresh: int | Literal["generation"] | None = None
 
-    def of(self, index: int, generation: int | None) -> Chosen:
+    def of(self, index: int, generation: int | None, draw: int | None = None) -> Chosen:
         """Return the items of a trial.
 
         Args:
             index: its place among the trials of the search, from 0.
             generation: of the searcher, None where it has none.
+            draw: where it is known, because the trial shares the items of another one.
         """
+        if draw is None:
+            draw = self._draw(index, generation)
         if self.design is not None:
+            few = self.design(draw)
             full = self.full_every is not None and (index + 1) % self.full_every == 0
-            return Chosen(self.pool, "check") if full else Chosen(self.design, "estimate")
+            return Chosen(self.pool if full else few, "check" if full else "estimate", few, draw)
         if self.resampled is not None:
-            every = self.resampled.every
-            if every is None and generation is not None:
-                draw = generation
-            else:
-                draw = index // (every or TRIALS_PER_DRAW)
-            return Chosen(drawn(self.pool, self.seed, draw, self.resampled.per_trial))
+            return Chosen(drawn(self.pool, self.seed, draw, self.resampled.per_trial), draw=draw)
         if self.shuffled:
             return Chosen(drawn(self.pool, self.seed, 0, None))
         return Chosen(self.pool)
 
     def cost(self, index: int) -> int:
         """Return how many items a trial is scored on at most, over all objectives."""
+        return sum(map(len, self.of(index, None, 0).items))  # all draws are of one size
+
+    def _draw(self, index: int, generation: int | None) -> int:
+        every: int | Literal["generation"] | None = self.refresh
         if self.resampled is not None:
-            return sum(min(len(ids), self.resampled.per_trial) for ids in self.pool)
-        return sum(map(len, self.of(index, None).items))
+            every = self.resampled.every or "generation"
+        if every is None:
+            return 0
+        if every == "generation":
+            return index // TRIALS_PER_DRAW if generation is None else generation
+        return index // every
 
 
 def drawn(pool: Items, seed: int, draw: int, count: int | None) -> Items:

@@ -96,11 +96,11 @@ def run(
 
 
 def _model_problem(view: StudyView, target: Target, synced: Synced, which: Which) -> str:
-    """Log models; return why that failed, which is no failure of the study, or nothing."""
+    """Log models and mark those of before; return why that failed, or nothing."""
     try:
         _log_models(view, target, synced, which)
     except EvomergeError as error:
-        return f"no models were logged: {error}"
+        return f"its models are not up to date: {error}"
     return ""
 
 

@@ -132,11 +132,11 @@ def stated_licence(checkpoint: Checkpoint) -> str:
 
 
 def _hub_card(checkpoint: Checkpoint) -> Path | None:
-    """Return the card of a Hub model at its revision; None where it cannot be had."""
+    """Return the card of a Hub model at its commit; None where it cannot be had."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    repo, _, revision = checkpoint.source.partition("@")
+    repo, _, revision = checkpoint.pinned.partition("@")
     try:
         return Path(hf_hub_download(repo, "README.md", revision=revision or None))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):

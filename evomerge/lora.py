@@ -209,9 +209,10 @@ class _Writer:
 
     def config(self) -> dict[str, Any]:
         """Return the adapter's config as peft writes it; alpha = rank, so that s = 1."""
+        base, _, revision = self._recipe.base.source.partition("@")
         return {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
-            "base_model_name_or_path": self._recipe.base.source.partition("@")[0],
+            "base_model_name_or_path": base, "revision": revision or None,
             "r": self._rank, "lora_alpha": self._rank, "lora_dropout": 0.0, "bias": "none",
             "target_modules": sorted(self._targets), "fan_in_fan_out": self._turned,
             "init_lora_weights": True, "use_rslora": False, "use_dora": False,

@@ -35,11 +35,12 @@ def find_models(recipe: Recipe, folders: Sequence[Path], base: str | None = None
             raise InputError(f"--models: no such directory: {folder}")
     candidates = [found for folder in folders for found in _model_directories(folder)]
     found: dict[str, str] = {}
-    wanted = {ref.fingerprint: ref.name for ref in (recipe.base, *recipe.experts)}
+    wanted: dict[str, list[str]] = {}  # a recipe may take the same weights under several names
+    for ref in (recipe.base, *recipe.experts):
+        wanted.setdefault(ref.fingerprint, []).append(ref.name)
     for directory in candidates:
         if not is_adapter(directory):
-            name = wanted.get(_fingerprint(directory))
-            if name is not None:
+            for name in wanted.get(_fingerprint(directory), ()):
                 found.setdefault(name, str(directory))
     adapters = [one for one in candidates if is_adapter(one)]
     base = found.get(recipe.base.name, base)
@@ -54,8 +55,8 @@ def find_models(recipe: Recipe, folders: Sequence[Path], base: str | None = None
             expert = open_adapter(str(directory), directory, "adapter", origin, str(directory))
         except ModelError:
             continue
-        if expert.fingerprint in wanted:
-            found.setdefault(wanted[expert.fingerprint], str(directory))
+        for name in wanted.get(expert.fingerprint, ()):
+            found.setdefault(name, str(directory))
     return found
 
 

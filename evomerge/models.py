@@ -69,16 +69,20 @@ class Models:
 
 
 def _ref(checkpoint: Checkpoint) -> ModelRef:
-    return ModelRef(checkpoint.name, checkpoint.source, checkpoint.fingerprint)
+    return ModelRef(checkpoint.name, checkpoint.pinned, checkpoint.fingerprint)
 
 
-def open_models(base: str, experts: Sequence[tuple[str, str]], where: str = "models") -> Models:
+def open_models(
+    base: str, experts: Sequence[tuple[str, str]], where: str = "models", repeats: bool = False
+) -> Models:
     """Open and compare the models of a study, from headers and configs only.
 
     Args:
         base: directory or hub id of the base.
         experts: (name, directory or hub id), in order.
         where: dotted path for messages.
+        repeats: whether two models may have the same weights, as in a recipe that was written by
+            hand; in a search one of them would be in vain.
 
     Raises:
         ModelError: all differences of all experts, one per line.
@@ -104,7 +108,8 @@ def open_models(base: str, experts: Sequence[tuple[str, str]], where: str = "mod
             opened.append(expert)
         except ModelError as error:
             problems.append(str(error))
-    problems.extend(_twins((origin, *opened), where))
+    if not repeats:
+        problems.extend(_twins((origin, *opened), where))
     if problems:
         raise ModelError("\n".join(problems))
     slots = list(_slots(origin))

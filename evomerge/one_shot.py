@@ -14,7 +14,7 @@ from evomerge.atomic_directory import atomic_directory, require_free, require_sp
 from evomerge.checkpoint import is_local, resolve_source
 from evomerge.checksums import write_sums
 from evomerge.errors import InputError, ModelError, RecipeError, suggest
-from evomerge.export import MERGEKIT_FILE, RECIPE_FILE, public_recipe
+from evomerge.export import MERGEKIT_FILE, RECIPE_FILE, mergekit_sources, public_recipe
 from evomerge.merge.writer import (
     Progress,
     checkpoint_bytes,
@@ -140,6 +140,7 @@ def merge_recipe(
         sources[recipe.base.name],
         [(expert.name, sources[expert.name]) for expert in recipe.experts],
         str(path),
+        repeats=True,
     )
     _require_same_weights(recipe, models, path)
     public = public_recipe(recipe, models)
@@ -154,8 +155,7 @@ def merge_recipe(
             raise _in_file(path, error) from error
         copy_companions(models.base, temporary)
         (temporary / RECIPE_FILE).write_text(public.to_json(), encoding="utf-8")
-        shown = {ref.name: ref.source for ref in (public.base, *public.experts)}
-        mergekit = mergekit_config(public, models.layout, shown)
+        mergekit = mergekit_config(public, models.layout, mergekit_sources(public, models))
         if mergekit.text is not None:
             (temporary / MERGEKIT_FILE).write_text(mergekit.text, encoding="utf-8")
         verify_checkpoint(temporary, models, recipe)

@@ -302,6 +302,7 @@ class Study:
 
         Raises:
             InputError: the file cannot be written.
+            StorageError: the disk is full.
         """
         from evomerge.report import save_report
 

@@ -19,6 +19,8 @@ VIEW_TAG = "mlflow.sharedViewState."
 STUDIES = "evomerge-studies"
 #: Scatter plots at most: every pair of five objectives.
 _MOST_SCATTERS = 10
+#: Objectives in the list of studies at most.
+_MOST_COLUMNS = 40
 #: Axes of the parallel coordinates at most, beside the objectives.
 _MOST_PARAMS = 6
 #: MLflow makes a chart of every metric; its sections for those below are folded up.
@@ -71,14 +73,15 @@ def pareto_view(
     return _envelope(f"{title}: Pareto front", state, milliseconds)
 
 
-def studies_view(objectives: Sequence[str], milliseconds: int) -> str:
+def studies_view(objectives: Sequence[Sequence[str]], milliseconds: int) -> str:
     """Return the value of the experiment tag that lists its studies with their objectives.
 
     Args:
-        objectives: names of metrics, one column each.
+        objectives: names of metrics by study; one column each, the first studies' first.
         milliseconds: unix time at which the view was made.
     """
-    metrics = [*objectives, "hypervolume", "trials/finished", "trials/failed"]
+    names = dict.fromkeys(name for study in objectives for name in study)
+    metrics = [*[*names][:_MOST_COLUMNS], "hypervolume", "trials/finished", "trials/failed"]
     state = {
         **_facets("tags.`evomerge.kind` = 'study'", "attributes.`Created`"),
         "selectedColumns": [f"metrics.`{name}`" for name in metrics],

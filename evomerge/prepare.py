@@ -7,47 +7,32 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
-from evomerge.advice import study_warnings
-from evomerge.capacity import (
-    MemoryEstimate,
-    capacity_warnings,
-    estimate_memory,
-    temporary_warnings,
-)
-from evomerge.checkpoint import resolve_source
+from evomerge.advice import adapter_warnings, study_warnings
+from evomerge.capacity import MemoryEstimate, capacity_warnings, temporary_warnings
 from evomerge.config import StudyFile
-from evomerge.default_estimator import decide
 from evomerge.direction_grams import direction_grams
-from evomerge.economy import economy, planned_trials, require_enough_items, wants_margins
-from evomerge.errors import (
-    EvomergeError,
-    InputError,
-    SetupError,
-    StudyFileError,
-)
+from evomerge.economy import planned_trials, wants_margins
+from evomerge.errors import SetupError, StudyFileError
+from evomerge.examination import examine
+from evomerge.examination import study_directory as study_directory
 from evomerge.fitness.composite import Composite
 from evomerge.fitness.splits import ItemSplit
 from evomerge.fitness_file import (
-    file_fitness,
-    file_splits,
     goal_specs,
     include_paths,
     task_specs,
 )
-from evomerge.merge.factor_sources import factored
-from evomerge.merge.masses import MASSES_FILE, Progress, stored_masses, task_vector_masses
+from evomerge.merge.masses import Progress
 from evomerge.merge.methods import METHODS
-from evomerge.merge.sources import Sources
 from evomerge.merge.writer import COMPANIONS
-from evomerge.models import Models, open_models
+from evomerge.metric_names import metric_name, renamed
+from evomerge.models import Models
 from evomerge.pool import Pool, SerialPool
 from evomerge.search.auto import explain
 from evomerge.search.baselines import Baseline
 from evomerge.search.protocol import Searcher, SearchProblem
 from evomerge.search.registry import (
-    argument_problems,
     check_arguments,
-    find_searcher,
     make_searcher,
 )
 from evomerge.search_facts import (
@@ -59,10 +44,9 @@ from evomerge.search_facts import (
     surrogate_versions,
 )
 from evomerge.space import Space
-from evomerge.starting import start_baseline
-from evomerge.study_space import baseline_warnings, baselines_of, columns_of, space_of
+from evomerge.study_space import baseline_warnings, baselines_of
 from evomerge.trial import WorkerFactory
-from evomerge.worker import ModelWorkerFactory, load_tokenizer
+from evomerge.worker import ModelWorkerFactory
 
 
 @dataclass(frozen=True)
@@ -183,11 +167,6 @@ def _file_digests(directory: Path) -> dict[str, str]:
     }
 
 
-def study_directory(file: StudyFile, root: Path) -> Path:
-    """Return where a study keeps its journal and results."""
-    return root / (file.directory or f"studies/{file.name}")
-
-
 def prepare(file: StudyFile, path: Path, progress: Progress = lambda done, total: None) -> Prepared:
     """Check a study file against the world and return its objects.
 
@@ -204,61 +183,24 @@ def prepare(file: StudyFile, path: Path, progress: Progress = lambda done, total
         StudyFileError: every problem that could be found, together.
         SetupError: only the environment is at fault.
     """
-    root = path.resolve().parent
-    problems: list[str] = []
-    found: dict[str, object] = {}
-
-    def attempt(name: str, action: Callable[[], object]) -> None:
-        try:
-            found[name] = action()
-        except (InputError, SetupError) as error:
-            problems.extend(str(error).splitlines())
-            found.setdefault("setup", isinstance(error, SetupError))
-
-    attempt("search", lambda: _check_search(file))
-    attempt("columns", lambda: columns_of(file))
-    attempt("models", lambda: _open(file, root))
-    attempt("tasks", lambda: file_fitness(file, root))
-    models = found.get("models")
-    if isinstance(models, Models):
-        base = models.base.directory
-        if file.space.method in METHODS and METHODS[file.space.method].adapters:
-            opened = models
-            attempt("models", lambda: factored(opened))
-            models = found["models"]
-        attempt("tokenizer", lambda: load_tokenizer(base))
-    tasks, estimate = found.get("tasks"), ""
-    if isinstance(tasks, Composite):
-        loaded = tasks
-        attempt("splits", lambda: file_splits(file, loaded))
-        drawn = found.get("splits")
-        if isinstance(drawn, tuple):
-            file, estimate = decide(file, study_directory(file, root), loaded, drawn)
-            attempt("enough", lambda: require_enough_items(file, drawn))
-        attempt("economy", lambda: economy(file, root, loaded))
-    if problems:
-        if found.get("setup") and len(problems) == 1:
-            raise SetupError(problems[0])
-        raise StudyFileError(str(path), problems)
-    columns, splits = found["columns"], found["splits"]
-    assert isinstance(models, Models)
-    assert isinstance(tasks, Composite)
-    assert isinstance(columns, dict)
-    assert isinstance(splits, tuple)
-    masses: dict[str, float] = {}
-
-    def find_masses() -> Mapping[str, float]:
-        stored = stored_masses(study_directory(file, root) / MASSES_FILE, models)
-        masses.update(stored or task_vector_masses(Sources(models), progress))
-        return masses
-
-    try:
-        space = space_of(file, models, columns, find_masses)
-        start, averaged = start_baseline(file.search.arguments, root, space, models.layout)
-        memory = estimate_memory(file.pool, models, space.dtype)
-    except EvomergeError as error:
-        raise StudyFileError(str(path), [str(error)]) from error
-    trims = any(name.startswith("density.") and column != 1.0 for name, column in columns.items())
+    found = examine(file, path, progress)
+    if found.problems:
+        if found.setup and len(found.problems) == 1:
+            raise SetupError(found.problems[0])
+        raise StudyFileError(str(path), found.problems)
+    root, file = path.resolve().parent, found.file
+    models, tasks, splits, space = found.models, found.tasks, found.splits, found.space
+    assert models is not None
+    assert tasks is not None
+    assert splits is not None
+    assert space is not None
+    assert found.start is not None
+    assert found.memory is not None
+    assert found.columns is not None
+    start, averaged = found.start
+    trims = any(
+        name.startswith("density.") and column != 1.0 for name, column in found.columns.items()
+    )
     return Prepared(
         file=file,
         root=root,
@@ -268,46 +210,37 @@ def prepare(file: StudyFile, path: Path, progress: Progress = lambda done, total
         splits=splits,
         space=space,
         baselines=(*baselines_of(file, space), *start),
-        factory=_factory(file, root, space),
-        memory=memory,
-        masses=masses or None,
+        factory=_factory(file, root, space, models),
+        memory=found.memory,
+        masses=found.masses or None,
         warnings=(
             *study_warnings(file, space, splits, search_size(file, space, splits)),
+            *(_name_warnings(tasks) if file.tracking.enabled else ()),
             *averaged,
             *baseline_warnings(file),
             *capacity_warnings(file.pool, models, space.dtype),
             *temporary_warnings(file.pool, models, trims),
+            *adapter_warnings(models),
         ),
-        estimate=estimate,
+        estimate=found.estimate,
     )
 
 
-def _check_search(file: StudyFile) -> None:
-    try:
-        problems = argument_problems(file.search.searcher, file.search.arguments)
-    except InputError as error:
-        raise InputError(f"search.{error}") from error
-    if problems:
-        raise InputError("\n".join(f"search.arguments.{problem}" for problem in problems))
-    if len(file.fitness.tasks) == 1 and not find_searcher(file.search.searcher).single_objective:
-        raise InputError(
-            f"search.searcher: {file.search.searcher} needs at least two objectives, fitness.tasks "
-            "has one (choose nsga2 or unsga3, or a searcher for one objective)"
-        )
+def _name_warnings(tasks: Composite) -> list[str]:
+    return [
+        f"fitness: MLflow shows the objective {own!r} as {shown!r}: its tables have another "
+        "column of that name (choose one by `name:`)"
+        for own, shown in renamed(tasks.objectives).items()
+        if shown != metric_name(own)
+    ]
 
 
-def _open(file: StudyFile, root: Path) -> Models:
-    experts = [(name, resolve_source(source, root)) for name, source in file.models.experts.items()]
-    return open_models(resolve_source(file.models.base, root), experts)
-
-
-def _factory(file: StudyFile, root: Path, space: Space) -> ModelWorkerFactory:
+def _factory(file: StudyFile, root: Path, space: Space, models: Models) -> ModelWorkerFactory:
     return ModelWorkerFactory(
         factored=METHODS[file.space.method].adapters,
-        base=resolve_source(file.models.base, root),
-        experts=tuple(
-            (name, resolve_source(source, root)) for name, source in file.models.experts.items()
-        ),
+        # At the commits that were read here: every worker has the same, whenever it starts.
+        base=models.base.pinned,
+        experts=tuple((expert.name, expert.pinned) for expert in models.experts),
         dtype=space.dtype,
         device=file.pool.device,
         residency=file.pool.residency,

@@ -47,10 +47,15 @@ def study_name(view: StudyView) -> str:
 
 
 def export_command(view: StudyView, pick: str, out: str) -> str:
-    """Return a command to paste; the directory relative to the current one where it is below."""
+    """Return a command to paste."""
+    return f"evomerge export {shown_directory(view)} {pick} --out {out}"
+
+
+def shown_directory(view: StudyView) -> str:
+    """Return a study as commands name it: relative to the current folder where it is below."""
     directory, here = view.directory.resolve(), Path.cwd()
     shown = directory.relative_to(here) if directory.is_relative_to(here) else directory
-    return f"evomerge export {shlex.quote(str(shown))} {pick} --out {out}"
+    return shlex.quote(str(shown))
 
 
 def project(view: StudyView, series: Series | None = None, pages: bool = True) -> Projection:
@@ -74,6 +79,7 @@ def project(view: StudyView, series: Series | None = None, pages: bool = True) -
         gains=tuple(gains(view)) if pages else (),
         rivals=_rivals(view),
         arrived={number: int(seconds * 1000) for number, seconds in view.times.items()},
+        began=int(view.history.opened["t"] * 1000) if view.history.opened else 0,
         milliseconds=int(view.history.latest * 1000),
     )
 
@@ -188,7 +194,8 @@ def _words(view: StudyView) -> Iterator[str]:
         experts = listed([expert.name for expert in recipe.experts])
         yield (
             f"Searched: {contract['dimension']} coefficients of `{recipe.method}` in "
-            f"{len(recipe.table)} blocks (`{recipe.partition}`), of the experts {experts}. "
+            f"{len(recipe.table)} block{'s' * (len(recipe.table) != 1)} (`{recipe.partition}`), of "
+            f"the expert{'s' * (len(recipe.experts) != 1)} {experts}. "
         )
     wanted = ", ".join(f"{one.name} ({one.direction.value})" for one in view.objectives)
     yield f"Objectives: {wanted}. "

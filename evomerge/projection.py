@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -13,6 +12,7 @@ from evomerge.front_page import FrontData, FrontPoint, front_html
 from evomerge.front_table import front_csv
 from evomerge.gain import Gain
 from evomerge.merge.methods import changed_options
+from evomerge.metric_names import metric_name, objective_metrics
 from evomerge.recipe import Recipe
 from evomerge.redaction import redacted
 from evomerge.trial import Trial
@@ -57,6 +57,7 @@ class Projection:
         gains: of the recommended merge over each baseline; empty before the end.
         rivals: the baselines in ``gains`` that a reader wants first.
         arrived: unix milliseconds at which each trial's result arrived, by number.
+        began: unix milliseconds at which the study was begun.
         milliseconds: unix time at which the study stood so.
     """
 
@@ -72,13 +73,8 @@ class Projection:
     gains: tuple[Gain, ...] = ()
     rivals: tuple[str, ...] = ()
     arrived: Mapping[int, int] = field(default_factory=dict)
+    began: int = 0
     milliseconds: int = 0
-
-
-def metric_name(name: str) -> str:
-    """Return ``name`` with everything that MLflow refuses replaced by ``_``."""
-    clean = re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII).strip("/ ")
-    return re.sub(r"\.{2,}", ".", clean) or "_"
 
 
 def trial_tags(trial: Trial, point: FrontPoint | None, knee: int | None) -> dict[str, str]:
@@ -105,12 +101,13 @@ def trial_tags(trial: Trial, point: FrontPoint | None, knee: int | None) -> dict
 def trial_metrics(trial: Trial, point: FrontPoint | None, front: FrontData) -> dict[str, float]:
     """Return the numbers by which MLflow's tables and charts rank and draw trials."""
     metrics: dict[str, float] = {}
+    names = objective_metrics(front.objectives)
     if trial.evaluation is not None:
-        for objective, score in zip(front.objectives, trial.evaluation.scores, strict=True):
-            metrics[objective.name] = score.value
-            metrics[f"standard_error/{objective.name}"] = score.standard_error
+        for name, score in zip(names, trial.evaluation.scores, strict=True):
+            metrics[name] = score.value
+            metrics[f"standard_error/{name}"] = score.standard_error
         for phase, seconds in trial.evaluation.seconds.items():
-            metrics[f"seconds/{phase}"] = seconds
+            metrics[metric_name(f"seconds/{phase}")] = seconds
         metrics["front"] = float(point is not None and point.front)
         metrics["items"] = float(sum(len(score.items) for score in trial.evaluation.scores))
         if constrained(front.objectives):
@@ -118,8 +115,8 @@ def trial_metrics(trial: Trial, point: FrontPoint | None, front: FrontData) -> d
     if point is not None:
         for split, measured in (("validation", point.validation), ("test", point.test)):
             if measured is not None:
-                for objective, value in zip(front.objectives, measured.values, strict=True):
-                    metrics[f"{split}/{objective.name}"] = value
+                for name, value in zip(names, measured.values, strict=True):
+                    metrics[f"{split}/{name}"] = value
     return metrics
 
 
@@ -132,8 +129,7 @@ def study_metrics(front: FrontData) -> dict[str, float]:
     measured = None if best is None else best.test or best.shown
     if measured is None:
         return {}
-    names = [objective.name for objective in front.objectives]
-    return dict(zip(names, measured.values, strict=True))
+    return dict(zip(objective_metrics(front.objectives), measured.values, strict=True))
 
 
 def _yes(value: bool) -> str:

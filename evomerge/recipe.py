@@ -26,7 +26,8 @@ class ModelRef:
 
     Attributes:
         name: short name used in columns and reports; ``base`` for the base.
-        source: directory or hub id as the user wrote it; not part of the recipe's identity.
+        source: directory as the user wrote it, or hub id at the commit that was read; not part
+            of the recipe's identity.
         fingerprint: of the weights; part of the recipe's identity.
     """
 

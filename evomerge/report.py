@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -10,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from evomerge.atomic_file import write_text
 from evomerge.coefficient_page import heat_map, largest_coefficient
 from evomerge.comparison_rows import (
     COMPARISON_HEADER,
@@ -17,13 +17,13 @@ from evomerge.comparison_rows import (
     comparison_rows,
     overview_rows,
 )
-from evomerge.errors import InputError
 from evomerge.estimate_audits import distrust
 from evomerge.front_page import FrontData, FrontPoint, front_html, summary
 from evomerge.front_table import point_name, table_points
+from evomerge.metric_names import objective_metrics
 from evomerge.plain_page import heading, paragraph, table
-from evomerge.presentation import STUDY_FILE, export_command, project
-from evomerge.projection import Projection, metric_name
+from evomerge.presentation import STUDY_FILE, export_command, project, shown_directory
+from evomerge.projection import Projection
 from evomerge.redaction import redacted
 from evomerge.report_charts import line_chart
 from evomerge.report_summary import recommended_comparison
@@ -60,15 +60,13 @@ _STYLE = """
 
 
 def save_report(view: StudyView, path: Path) -> None:
-    """Write the page of a study.
+    """Write the page of a study, whole or not at all.
 
     Raises:
         InputError: the file cannot be written.
+        StorageError: the disk is full.
     """
-    try:
-        path.write_text(report_html(view), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--out: {path}: cannot be written: {error.strerror}") from error
+    write_text(path, report_html(view), "--out")
 
 
 def report_html(view: StudyView) -> str:
@@ -147,7 +145,8 @@ def _series(view: StudyView, projection: Projection) -> Iterator[str]:
         "a part of their items are not counted."
     )
     wanted = {"hypervolume of the front so far": "hypervolume"} | {
-        f"{one.name}, best so far": metric_name(f"best/{one.name}") for one in view.objectives
+        f"{one.name}, best so far": f"best/{name}"
+        for one, name in zip(view.objectives, objective_metrics(view.objectives), strict=True)
     }
     charts = (
         line_chart(title, [step.metrics.get(key) for step in steps], 0, len(view.baselines))
@@ -232,8 +231,7 @@ def _audits(view: StudyView) -> Iterator[str]:
 
 def _commands(view: StudyView) -> Iterator[str]:
     yield heading("Go on")
-    export = export_command(view, "--pick knee", "merged")
-    study = shlex.quote(shlex.split(export)[2])
+    export, study = export_command(view, "--pick knee", "merged"), shown_directory(view)
     lines = [
         f"{export}", "evomerge verify merged",
         f"evomerge compare {study} knee base --items 10", f"evomerge ui {study}",

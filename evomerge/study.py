@@ -284,6 +284,7 @@ class Study:
                 "full_every": estimation.full_every,
                 "calibration": estimation.calibration,
                 "settings": dict(estimation.settings),
+                **({} if estimation.refresh is None else {"refresh": estimation.refresh}),
             },
         }  # fmt: skip
 

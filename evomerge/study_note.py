@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from evomerge.front_page import FrontPoint, summary
 from evomerge.front_table import front_markdown
 from evomerge.gain import Gain
+from evomerge.metric_names import renamed
 from evomerge.pareto_view import front_query
 from evomerge.projection import Projection
 
@@ -36,6 +37,7 @@ def study_note(projection: Projection, run: str, pareto_link: str) -> str:
         "",
         *projection.words,
         "",
+        *_renamed(projection),
         front_markdown(front),
         *_best(projection, best),
         "Take it home:", "", f"    {front.command.replace('{n}', str(best.number))}", "",
@@ -43,6 +45,13 @@ def study_note(projection: Projection, run: str, pareto_link: str) -> str:
         f"    {front_query(run)}", "",
     ]  # fmt: skip
     return _cut("\n".join(lines))
+
+
+def _renamed(projection: Projection) -> Iterator[str]:
+    """Yield which metrics of MLflow's tables and charts are objectives of another name."""
+    for own, shown in renamed(projection.front.objectives).items():
+        yield f"The objective `{own}` is the metric `{shown}`."
+        yield ""
 
 
 def _best(projection: Projection, best: FrontPoint) -> Iterator[str]:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Literal
 
 from evomerge.brackets import Brackets, Member
 from evomerge.choosing import finalists
-from evomerge.errors import InputError, NothingUsableError, ReplayError
+from evomerge.designs import Designs
+from evomerge.errors import NothingUsableError, ReplayError
 from evomerge.estimate import Endpoint
 from evomerge.evaluations import Evaluations, Request
 from evomerge.feasibility import best_rows, violation
@@ -174,18 +175,13 @@ class StudyRun:
             for trial in trials
             if trial.label.partition(":")[0] in ("base", "expert", "calibration")
         ]
-        design, estimator = study.estimation.prepare(endpoints)
-        for objective, ids, known in zip(study.objectives, design, pool, strict=True):
-            if not ids or len(set(ids)) != len(ids) or not set(ids) <= set(known):
-                raise InputError(
-                    f"fitness.estimator: {study.estimation.name} chose {len(ids)} items for "
-                    f"{objective.name}: expected at least 1 of its {len(known)} search items, "
-                    "each once"
-                )
-        self._items = TrialItems(
-            pool, study.seed, design=design, full_every=study.estimation.full_every
+        designs = Designs(
+            study.estimation, endpoints, study.objectives, pool, self.evaluations.estimate_by
         )
-        self.evaluations.estimate_by(estimator, design)
+        self._items = TrialItems(
+            pool, study.seed, design=designs, full_every=study.estimation.full_every,
+            refresh=study.estimation.refresh,
+        )  # fmt: skip
 
     def _search(self, warm: tuple[WarmPoint, ...]) -> None:
         study = self._study
@@ -235,7 +231,7 @@ class StudyRun:
         brackets, items = self._brackets, self._items
         if brackets is None:
             return None
-        return lambda chosen, asked: brackets.cost([*chosen, items.of(asked, None)])
+        return lambda chosen, asked: brackets.cost([*chosen, items.of(asked, None, 0)])
 
     def _ask_searcher(self, searcher: Searcher, first: int, window: Window) -> Outstanding | None:
         """Ask for one candidate and have it scored; None where there is none now."""
@@ -244,9 +240,9 @@ class StudyRun:
             return None
         x = tuple(map(float, candidates[0].x))
         asked, before = window.asked, window.outstanding
-        chosen = self._items.of(asked, getattr(searcher, "generation", None))
-        if self._brackets is not None and self._study.resampled is not None and before:
-            chosen = before[0].chosen  # all of a bracket are scored on the same items
+        # All of a bracket are scored on the same items.
+        draw = before[0].chosen.draw if self._brackets is not None and before else None
+        chosen = self._items.of(asked, getattr(searcher, "generation", None), draw)
         origin = origin_of(searcher, candidates[0].id, first)
         trial = Trial(first + asked, "search", "", x, self._study.decode(x), origin=origin)
         self._ask(trial, chosen)
@@ -256,7 +252,9 @@ class StudyRun:
         rivals: Rivals = ()
         if self._references is not None and chosen.mode != "check":
             rivals = self._references.rivals(chosen.items)
-        self.evaluations.request(Request(trial, "search", chosen.items, chosen.mode, rivals))
+        self.evaluations.request(
+            Request(trial, "search", chosen.items, chosen.mode, rivals, design=chosen.design)
+        )
         return Outstanding(candidates[0], trial, chosen)
 
     def _note_facts(self, searcher: Searcher) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from evomerge.feasibility import violation
 from evomerge.growing_front import GrowingFront
-from evomerge.projection import Step, metric_name
+from evomerge.metric_names import objective_metrics
+from evomerge.projection import Step
 from evomerge.study_record import History, Split
 from evomerge.study_view import StudyView
 from evomerge.trial import Trial, TrialState
@@ -76,8 +77,9 @@ class Series:
         """Let the values of a trial count for the best values and the hypervolume."""
         assert trial.evaluation is not None
         values = trial.evaluation.values
-        for objective, value in zip(view.objectives, values, strict=True):
-            name = metric_name(f"best/{objective.name}")
+        names = objective_metrics(view.objectives)
+        for objective, metric, value in zip(view.objectives, names, values, strict=True):
+            name = f"best/{metric}"
             old = self._best.get(name)
             if old is None or objective.loss(value) < objective.loss(old):
                 self._best[name] = value
@@ -102,10 +104,10 @@ def audit_errors(view: StudyView) -> dict[int, dict[str, float]]:
     found: dict[int, dict[str, float]] = {}
     sums: dict[str, float] = {}
     for count, audit in enumerate(view.audits, start=1):
-        for column, objective in enumerate(view.objectives):
+        for column, metric in enumerate(objective_metrics(view.objectives)):
             full = audit.full[column]
             for kind, reading in (("estimate", audit.estimate), ("subset mean", audit.mean)):
-                name = metric_name(f"audit/{kind} error/{objective.name}")
+                name = f"audit/{kind} error/{metric}"
                 sums[name] = sums.get(name, 0.0) + abs(reading.values[column] - full)
         found[audit.number] = {name: total / count for name, total in sums.items()}
     return found

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from evomerge.atomic_file import atomic_file, write_text
 from evomerge.comparison_rows import COMPARISON_HEADER, comparison_note, comparison_rows
 from evomerge.errors import InputError
 from evomerge.estimate_audits import distrust
@@ -21,7 +22,7 @@ from evomerge.item_comparison import Comparison
 from evomerge.launch import Finished, run
 from evomerge.live_progress import LiveProgress as LiveProgress
 from evomerge.prepare import Prepared
-from evomerge.presentation import export_command, front_data
+from evomerge.presentation import export_command, front_data, shown_directory
 from evomerge.study_view import StudyView
 from evomerge.tracking_target import pareto_url, ui_command, ui_url
 from evomerge.trial import Direction
@@ -136,6 +137,7 @@ def print_finished(console: Console, finished: Finished) -> None:
         console.print(table)
     for warning in distrust(view):
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+    study = shown_directory(view)
     activate = activation()
     if activate:
         console.print("\nOnce in this shell, so that the commands below are found:", style="bold")
@@ -144,7 +146,7 @@ def print_finished(console: Console, finished: Finished) -> None:
     if finished.target is not None and finished.synced is not None:
         command = ui_command(finished.target)
         if command:
-            _command(console, f"evomerge ui {shlex.quote(str(view.directory))}")
+            _command(console, f"evomerge ui {study}")
             console.print("  or MLflow's own command:")
             _command(console, command)
         for name, url in (
@@ -158,10 +160,10 @@ def print_finished(console: Console, finished: Finished) -> None:
             f"  MLflow lacks something ({finished.problem}); send it later with:",
             markup=False, highlight=False,
         )  # fmt: skip
-        _command(console, f"evomerge sync {view.directory}")
+        _command(console, f"evomerge sync {study}")
     console.print("  or all of it as one HTML page, and what a difference is worth:")
-    _command(console, f"evomerge report {shlex.quote(str(view.directory))}")
-    _command(console, f"evomerge compare {shlex.quote(str(view.directory))}")
+    _command(console, f"evomerge report {study}")
+    _command(console, f"evomerge compare {study}")
     console.print("Take home:", style="bold")
     if view.knee is not None:
         _command(console, export_command(view, "--knee", "merged"))
@@ -195,7 +197,7 @@ def _command(console: Console, command: str) -> None:
 
 
 def save_plot(view: StudyView, path: Path, names: Sequence[str] | None = None) -> None:
-    """Draw the front into a file; the suffix chooses the form.
+    """Draw the front into a file, whole or not at all; the suffix chooses the form.
 
     Args:
         view: the study.
@@ -205,24 +207,23 @@ def save_plot(view: StudyView, path: Path, names: Sequence[str] | None = None) -
 
     Raises:
         InputError: another suffix, unknown objectives, or the file cannot be written.
+        StorageError: the disk is full.
     """
     from evomerge.front_page import front_html
     from evomerge.front_plot import save_front
     from evomerge.terminal_plot import narrowed
 
+    if path.suffix not in {".html", ".png", ".svg"}:
+        raise InputError(
+            f"--plot: {path.name}: use a name that ends in .html, .png or .svg, or - for the "
+            "terminal"
+        )
     data = front_data(view) if names is None else narrowed(front_data(view), names)
-    try:
-        if path.suffix == ".html":
-            path.write_text(front_html(data), encoding="utf-8")
-        elif path.suffix in {".png", ".svg"}:
-            save_front(data, path)
-        else:
-            raise InputError(
-                f"--plot: {path.name}: use a name that ends in .html, .png or .svg, or - for the "
-                "terminal"
-            )
-    except OSError as error:
-        raise InputError(f"--plot: {path}: cannot be written: {error.strerror}") from error
+    if path.suffix == ".html":
+        write_text(path, front_html(data), "--plot")
+        return
+    with atomic_file(path, "--plot") as temporary:
+        save_front(data, temporary)
 
 
 def print_plot(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -110,6 +112,47 @@ def link_model(client: MlflowClient, run: str, model: str) -> None:
     from mlflow.entities import LoggedModelOutput
 
     client.log_outputs(run, models=[LoggedModelOutput(model, step=0)])
+
+
+def logged_pictures(client: MlflowClient, run: str, key: str) -> dict[int, list[str]]:
+    """Return the files of a chart of pictures by step, in both forms that MLflow's names have."""
+    keys = {key.replace("/", letter) for letter in "#~"}
+    found: dict[int, list[str]] = {}
+    for file in client.list_artifacts(run, "images"):
+        match = re.match(r"(.+?)[%+]step[%+](\d+)[%+]timestamp[%+]", Path(file.path).name)
+        if match and match[1] in keys:
+            found.setdefault(int(match[2]), []).append(str(file.path))
+    return found
+
+
+def log_pictures(
+    client: MlflowClient, run: str, key: str, pictures: Mapping[int, tuple[Any, int]]
+) -> None:
+    """Log pictures that MLflow shows with a slider, so large that they can be read.
+
+    Args:
+        client: of the server.
+        run: its id.
+        key: names the chart.
+        pictures: pixels [height, width, 3] and unix milliseconds, by step.
+    """
+    if not pictures:
+        return
+    from PIL import Image
+
+    for step, (pixels, milliseconds) in pictures.items():
+        client.log_image(
+            run, pixels, key=key, step=step, timestamp=milliseconds, synchronous=True
+        )  # fmt: skip
+    # What its pages show is a copy of 256 pixels, even on the whole screen.
+    with tempfile.TemporaryDirectory(prefix="evomerge-") as folder:
+        for step, files in logged_pictures(client, run, key).items():
+            for file in files if step in pictures else ():
+                small = Path(folder) / Path(file).name
+                if small.stem.endswith("compressed"):
+                    Image.fromarray(pictures[step][0]).save(small)
+                    client.log_artifact(run, str(small), "images")
+                    small.unlink()
 
 
 def first_line(error: Exception) -> str:

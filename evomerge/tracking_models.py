@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from evomerge.errors import NothingUsableError
+from evomerge.metric_names import objective_metrics
 from evomerge.study_view import StudyState, StudyView
 from evomerge.tracking_client import link_model, open_client, setup_errors
 from evomerge.tracking_target import Synced, Target
@@ -46,13 +47,16 @@ class Logged:
 def log_models(
     view: StudyView, target: Target, synced: Synced, which: Which, write: Write
 ) -> tuple[Logged, ...]:
-    """Log merges of a finished study; those that are there already are left alone.
+    """Log merges of a finished study; those that are there already are not sent again.
+
+    The tags ``front`` and ``knee`` of all that are there say what the study says now: one that
+    was extended may have another front.
 
     Args:
         view: the study.
         target: where it is tracked.
         synced: its run, which must have all its trials.
-        which: the recommended merge, or the whole front.
+        which: the recommended merge, the whole front, or ``none``.
         write: see ``Write``; one merge at a time lies beside the journal until it is sent.
 
     Raises:
@@ -60,9 +64,9 @@ def log_models(
         SetupError: MLflow cannot be reached.
         EvomergeError: as ``write``.
     """
-    if which == "none":
-        return ()
     if view.state is not StudyState.FINISHED or view.knee is None:
+        if which == "none":
+            return ()
         raise NothingUsableError(
             f"{view.directory}: the study is {view.state}, its front may change (models are "
             "logged of a finished study: run it to its end first)"
@@ -71,13 +75,41 @@ def log_models(
         f"MLflow at {target.uri} takes no models",
         "what is missing is logged by: evomerge sync STUDY --log-model ...",
     ):
-        return tuple(_logged(view, target, synced, which, write))
+        client = open_client(target)
+        if which == "none" and not _has_models(client, synced):
+            return ()
+        models = _search(client, synced)
+        for model in models:
+            _mark(client, view, model)
+        return () if which == "none" else tuple(_logged(client, view, synced, which, write, models))
+
+
+def _has_models(client: MlflowClient, synced: Synced) -> bool:
+    """Return whether a study has models; a server that has no such thing is asked for none."""
+    outputs = getattr(client.get_run(synced.run_id), "outputs", None)
+    return bool(outputs is not None and outputs.model_outputs)
+
+
+def _tags(view: StudyView, number: int) -> dict[str, str]:
+    """Return the tags that may change when a study is extended."""
+    facts = {"front": number in view.front, "knee": number == view.knee}
+    return {name: "true" if fact else "false" for name, fact in facts.items()}
+
+
+def _mark(client: MlflowClient, view: StudyView, model: LoggedModel) -> None:
+    tags = _tags(view, int(model.tags["evomerge.trial"]))
+    if any(model.tags.get(name) != value for name, value in tags.items()):
+        client.set_logged_model_tags(model.model_id, tags)
 
 
 def _logged(
-    view: StudyView, target: Target, synced: Synced, which: Which, write: Write
+    client: MlflowClient,
+    view: StudyView,
+    synced: Synced,
+    which: Which,
+    write: Write,
+    models: Sequence[LoggedModel],
 ) -> Iterator[Logged]:
-    client = open_client(target)
     runs = {
         int(run.data.tags["evomerge.trial"]): run.info.run_id
         for run in client.search_runs(
@@ -86,7 +118,7 @@ def _logged(
             max_results=5000,
         )
     }
-    there = _there(client, synced)
+    there = _there(client, models)
     for number in view.front if which == "front" else [view.knee]:
         assert number is not None
         if number in there:
@@ -98,10 +130,10 @@ def _logged(
         yield Logged(number, model, new=True)
 
 
-def _there(client: MlflowClient, synced: Synced) -> dict[int, str]:
-    """Return the ids of the study's models by trial; half a model is deleted."""
+def _there(client: MlflowClient, models: Sequence[LoggedModel]) -> dict[int, str]:
+    """Return the ids of a study's models by trial; half a model is deleted."""
     found: dict[int, str] = {}
-    for model in _search(client, synced):
+    for model in models:
         number = int(model.tags["evomerge.trial"])
         if model.status != _READY or number in found:
             client.delete_logged_model(model.model_id)
@@ -136,11 +168,11 @@ def _log(
             "evomerge.study_run": synced.run_id,
             "evomerge.trial": str(number),
             "evomerge.recipe": view.trial(number).recipe.digest,
-            "knee": "true" if number == view.knee else "false",
+            **_tags(view, number),
         },
         params={
-            objective.name: f"{value:.6g}"
-            for objective, value in zip(view.objectives, values, strict=False)
+            name: f"{value:.6g}"
+            for name, value in zip(objective_metrics(view.objectives), values, strict=False)
         },
         model_type="merge",
     )

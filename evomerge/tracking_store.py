@@ -17,26 +17,33 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import InputError
 from evomerge.front_frames import frame, frame_steps
 from evomerge.front_page import FrontPoint
 from evomerge.front_plot import front_picture, save_front
+from evomerge.metric_names import metric_name, objective_metrics, renamed
 from evomerge.pareto_view import STUDIES, VIEW_TAG, pareto_view, studies_view
 from evomerge.projection import (
     Projection,
     Step,
     artifact_texts,
     coefficient_params,
-    metric_name,
     study_metrics,
     trial_metrics,
     trial_params,
     trial_tags,
 )
 from evomerge.study_note import study_note
-from evomerge.tracking_client import Point, log_batch, open_client, set_experiment_tags
+from evomerge.tracking_client import (
+    Point,
+    log_batch,
+    log_pictures,
+    logged_pictures,
+    open_client,
+    set_experiment_tags,
+)
 from evomerge.tracking_target import Synced, Target, pareto_page
 from evomerge.trial import Trial, TrialState
 
@@ -47,14 +54,25 @@ logger = logging.getLogger(__name__)
 
 _METRICS_PER_REQUEST = 1000
 _PARAM_CHARACTERS = 500
-#: Names the chart; MLflow writes the slash as a hash into the names of files.
+#: Names the chart of the front's film.
 _FRAME_KEY = "front/over the trials"
+#: Tag of a study's run: the metrics that are its objectives. None of their names has a comma.
+_OBJECTIVES = "evomerge.objectives"
 _STATUSES = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 
 
 def study_query(study: str) -> str:
     """Return the query that finds the run of a study by its identity."""
     return f"tags.`evomerge.study` = '{study}' and tags.`evomerge.kind` = 'study'"
+
+
+def _objectives_of(study: Run) -> list[str]:
+    """Return the metrics of a study's run that are objectives; of an old one in any order."""
+    recorded = study.data.tags.get(_OBJECTIVES)
+    if recorded:
+        return str(recorded).split(", ")
+    names = sorted(study.data.metrics)
+    return [name.removeprefix("best/") for name in names if name.startswith("best/")]
 
 
 def _now(projection: Projection, values: Mapping[str, float]) -> list[Point]:
@@ -164,8 +182,9 @@ class Store:
         known: Mapping[str, str] = {}
         if found is None:
             tags = {"evomerge.study": projection.study, "evomerge.kind": "study"}
+            # Of a study that is sent later it would begin after its end.
             created = self._client.create_run(
-                self._experiment, run_name=projection.front.title, tags=tags
+                self._experiment, projection.began or None, tags, projection.front.title
             )
             run = created.info.run_id
         else:
@@ -174,10 +193,7 @@ class Store:
             self._metrics = dict(found.data.metrics)
             self._steps = int(self._metrics.get("trials/finished", 0))
             self._find_children(run)
-            for picture in self._client.list_artifacts(run, "images"):
-                key, _, rest = Path(picture.path).name.partition("%step%")
-                if key == _FRAME_KEY.replace("/", "#"):
-                    self._frames.add(int(rest.partition("%")[0]))
+            self._frames = set(logged_pictures(self._client, run, _FRAME_KEY))
         missing = {
             key: value[:_PARAM_CHARACTERS]
             for key, value in projection.params.items()
@@ -232,10 +248,7 @@ class Store:
         child = child or self._create(trial, tags, arrived)
         if tags["front"] == "true" and (new or child.tags.get("front") != "true"):
             self._client.log_text(child.run, trial.recipe.to_json(), "recipe.json")
-        metrics = {
-            metric_name(name): value
-            for name, value in trial_metrics(trial, point, projection.front).items()
-        }
+        metrics = trial_metrics(trial, point, projection.front)
         fresh = {name: value for name, value in metrics.items() if name not in child.metrics}
         changed = {
             name: value for name, value in metrics.items()
@@ -285,9 +298,7 @@ class Store:
             if len(batch) + len(entries) > _METRICS_PER_REQUEST:
                 self._log(self._run, metrics=batch)
                 batch = []
-            batch += [
-                (metric_name(name), value, step.milliseconds, number) for name, value in entries
-            ]
+            batch += [(name, value, step.milliseconds, number) for name, value in entries]
         self._log(self._run, metrics=batch)
         self._steps = max(self._steps, len(steps))
 
@@ -295,6 +306,7 @@ class Store:
         """Log the front as a picture now and then: MLflow shows them with a slider."""
         baselines = sum(trial.kind == "baseline" for trial in projection.trials)
         settled = len(projection.steps)
+        new: dict[int, tuple[Any, int]] = {}
         steps = frame_steps(projection.planned, settled, max(1, baselines))
         # MLflow's slider begins at 0: there are the baselines alone.
         for step in [0, *steps] if settled >= max(1, baselines) else []:
@@ -303,11 +315,9 @@ class Store:
             shown = frame(projection.front, step or baselines)
             if shown.points:
                 milliseconds = projection.steps[(step or baselines) - 1].milliseconds
-                self._client.log_image(
-                    self._run, front_picture(shown), key=_FRAME_KEY, step=step,
-                    timestamp=milliseconds, synchronous=True,
-                )  # fmt: skip
+                new[step] = (front_picture(shown), milliseconds)
             self._frames.add(step)
+        log_pictures(self._client, self._run, _FRAME_KEY, new)
 
     def _send_view(self, projection: Projection) -> None:
         """Save the Pareto page and the list of studies as views, once per process."""
@@ -316,11 +326,14 @@ class Store:
             return
         self._has_view = True
         began = int(self._client.get_run(self._run).info.start_time)
-        objectives = [metric_name(objective.name) for objective in projection.front.objectives]
+        objectives = objective_metrics(projection.front.objectives)
+        self._log(self._run, tags={_OBJECTIVES: ", ".join(objectives)})
+        studies = [*self._search("tags.`evomerge.kind` = 'study'")]
+        first = min(int(run.info.start_time) for run in studies)
         params = [metric_name(name) for name in coefficient_params(recipes[-1])]
         views = {
             self._run: pareto_view(projection.front.title, self._run, objectives, params, began),
-            STUDIES: studies_view(objectives, began),
+            STUDIES: studies_view([_objectives_of(run) for run in reversed(studies)], first),
         }
         tags = self._client.get_experiment(self._experiment).tags
         missing = {
@@ -335,7 +348,8 @@ class Store:
 
     def _send_artifacts(self, projection: Projection) -> None:
         texts = artifact_texts(projection)
-        digest = blake2b(repr(sorted(texts.items())).encode(), digest_size=16).hexdigest()
+        shown = [*sorted(texts.items()), *renamed(projection.front.objectives).items()]
+        digest = blake2b(repr(shown).encode(), digest_size=16).hexdigest()
         if digest == self._sent:
             return
         with tempfile.TemporaryDirectory(prefix="evomerge-") as name:
@@ -349,7 +363,7 @@ class Store:
                 save_front(projection.front, folder / "front.png")
             self._client.log_artifacts(self._run, name)
         link = pareto_page(Synced(self._experiment, self._run, 0))
-        best = {metric_name(k): v for k, v in study_metrics(projection.front).items()}
+        best = study_metrics(projection.front)
         new = {name: value for name, value in best.items() if self._metrics.get(name) != value}
         self._log(
             self._run,

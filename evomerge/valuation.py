@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from evomerge.errors import EvaluationError, InputError
@@ -133,17 +133,19 @@ class Valuation:
     Attributes:
         objectives: [m].
         mean: makes values of scores of all items, or of a sample without a model of the rest.
-        estimator: makes values of the scores of the design; None while there is none.
-        design: the items that the estimator chose [m][n].
+        estimators: make values of the scores of a design, by its items [m][n].
     """
 
     objectives: tuple[Objective, ...]
     mean: Estimator
-    estimator: Estimator | None = None
-    design: Items = ()
+    estimators: Mapping[Items, Estimator] = field(default_factory=dict)
 
     def value(
-        self, mode: Mode, answers: Sequence[Answers], seconds: Mapping[str, float]
+        self,
+        mode: Mode,
+        answers: Sequence[Answers],
+        seconds: Mapping[str, float],
+        design: Items = (),
     ) -> Valued | Failure:
         """Return the evaluation of item scores.
 
@@ -151,21 +153,22 @@ class Valuation:
             mode: see ``Mode``; all but ``mean`` need an estimator.
             answers: of each objective [m], in the order of the trial's items.
             seconds: for the record.
+            design: the items that an estimator chose for the trial [m][n].
 
         Returns:
             a failure where a value is no finite number, or the estimator cannot use the answers.
         """
-        estimator = self.mean if mode != "estimate" or self.estimator is None else self.estimator
+        model = None if mode == "mean" else self.estimators[design]
+        estimator = model if mode == "estimate" and model is not None else self.mean
         beside: dict[str, Reading] = {}
         try:
             values = _reading(estimator, answers)
             if mode == "estimate":
                 beside[SUBSET_MEAN] = _reading(self.mean, answers)
-            elif mode == "check":
-                assert self.estimator is not None
-                few = [_among(one, ids) for one, ids in zip(answers, self.design, strict=True)]
+            elif model is not None:
+                few = [_among(one, ids) for one, ids in zip(answers, design, strict=True)]
                 beside[SUBSET_MEAN] = _reading(self.mean, few)
-                beside[ESTIMATE] = _reading(self.estimator, few)
+                beside[ESTIMATE] = _reading(model, few)
         except (EvaluationError, InputError) as error:
             # Answers that no estimator can use: margins that are not finite, scores out of range.
             return _bad(str(error))

@@ -201,7 +201,7 @@ class ModelWorker:
         return self._goals.attach(
             Live(
                 self._model, self._tokenizer, batch_size, batch_tokens, self._put, self._distance,
-                found,
+                found, self._spec.gpu_share,
             )
         )  # fmt: skip
 

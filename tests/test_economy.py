@@ -14,7 +14,7 @@ from tiny_project import tiny_project
 
 from evomerge import launch
 from evomerge.config import load
-from evomerge.errors import StudyFileError
+from evomerge.errors import InputError, StudyFileError
 from evomerge.facts import front_facts, plan_facts, plan_lines, status_facts, status_lines
 from evomerge.journal import Journal
 from evomerge.prepare import Prepared, prepare
@@ -147,6 +147,28 @@ def test_an_estimated_search_scores_few_items_and_audits_itself(
     assert view.spending.calibration == 3 * 80
 
 
+def test_an_estimator_with_fresh_items_for_every_generation(
+    copy: Path, scored: Counter[Any]
+) -> None:
+    settings = (
+        ITEMS, "fitness.estimator={name: cells, items: 10, full_every: null, refresh: generation}",
+        "search.searcher=nsga2", "search.trials=16",
+    )  # fmt: skip
+    plan = plan_lines(prepared(copy, *settings))["search"]
+    assert "cells from 10 items (random, fresh per generation)" in plan
+    view = run(copy, *settings)
+    sets = Counter(view.items_of("search", t.number) for t in view.trials if t.kind == "search")
+    del sets[view.items_of("search", 0)]  # baselines
+    assert len(sets) >= 2
+    assert all(len(ids) == 10 for items in sets for ids in items)
+    assert set(scored.values()) == {1}
+    scored.clear()
+    assert run(copy, *settings).front == view.front
+    assert not scored
+    with pytest.raises(InputError, match=r"fitness.estimator.refresh: \"generation\" -> 4"):
+        run(copy, *settings, "fitness.estimator.refresh=4")
+
+
 def test_the_values_are_those_of_the_worker_by_default(copy: Path) -> None:
     view = run(copy, ITEMS)
     for (_, number), result in view.results.items():
@@ -191,6 +213,19 @@ def test_constraints_come_from_the_study_file(copy: Path) -> None:
         (
             ("fitness.estimator={name: cells, items: 5, design: rand}",),
             "fitness.estimator.design: unknown 'rand'",
+        ),
+        (
+            ("fitness.estimator={name: cells, items: 5, design: anchor, refresh: generation}",),
+            "fitness.estimator.refresh: generation: anchor items are not drawn, so that another",
+        ),
+        (
+            ("fitness.estimator={name: cells, items: 5, refresh: 0}",),
+            "fitness.estimator.refresh: must be never, generation, or a number of trials of at "
+            "least 1, got 0",
+        ),
+        (
+            ("fitness.estimator={name: cells, items: 5, refresh: sometimes}",),
+            'least 1, got "sometimes"',
         ),
         (
             ("fitness.estimator={name: mpirt, items: 5}",),

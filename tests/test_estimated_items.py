@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +13,8 @@ from statistics import fmean
 import pytest
 from toy_study import OBJECTIVES, ToyStudyWorker, toy_splits, toy_study
 
-from evomerge.estimate import Answers, Endpoint, Estimation
+from evomerge.errors import InputError
+from evomerge.estimate import Answers, Endpoint, Estimation, mean_of
 from evomerge.estimation import Preparation
 from evomerge.fitness.aggregate import Aggregate, MeanEstimator
 from evomerge.item_cache import Items
@@ -67,6 +69,41 @@ def test_items_by_task_stand_for_the_rest_whoever_comes_first(order: tuple[str, 
     length = order.index("length")
     answers = Answers(items[length], tuple(float(number) for number in range(24)))
     assert estimator.estimate(length, answers).value == pytest.approx(11.5)
+
+
+def test_what_is_left_to_the_mean_has_the_error_of_its_draw() -> None:
+    """Without the correction it was that of items from nowhere, as if nothing had been seen."""
+    items, estimator = preparation("random", ("length",))(endpoints(("length",)))
+    scores = tuple(float(number) for number in range(24))
+    found = estimator.estimate(0, Answers(items[0], scores))
+    assert found.standard_error == pytest.approx(mean_of(scores, 60)[1])
+    assert found.standard_error == pytest.approx(mean_of(scores)[1] * math.sqrt(36 / 60))
+    every = estimator.estimate(0, Answers(IDS, tuple(float(number) for number in range(60))))
+    assert every.standard_error == 0.0
+
+
+@pytest.mark.parametrize("design", ["random", "stratified", "value_optimal_margins"])
+def test_later_draws_are_others_of_the_same_size(design: str) -> None:
+    prepare = preparation(design, ("right",), strata=True)
+    draws = [prepare(endpoints(("right",)), draw)[0] for draw in range(4)]
+    assert draws[0] == prepare(endpoints(("right",)))[0]
+    assert draws == [prepare(endpoints(("right",)), draw)[0] for draw in range(4)]
+    assert len({frozenset(ids) for (ids,) in draws}) == 4
+    assert {len(ids) for (ids,) in draws} == {24}
+    raced = replace(prepare, raced=True)
+    assert sorted(raced(endpoints(("right",)), 2)[0][0]) == sorted(draws[2][0])
+
+
+def test_a_draw_is_estimated_with_its_own_weights() -> None:
+    """Unequal chances: an item's weight belongs to the draw, and no other draw knows it."""
+    prepare = replace(preparation("disagreement", ("right",)), name="anchor")
+    made = [prepare(endpoints(("right",)), draw) for draw in (0, 1)]
+    for (ids,), estimator in made:
+        scores = tuple(float(number % 2) for number in range(24))
+        assert 0.0 < estimator.estimate(0, Answers(ids, scores)).value < 1.0
+    other = next(item for item in made[1][0][0] if item not in made[0][0][0])
+    with pytest.raises(InputError, match=f"item '{other}' has no weight"):
+        made[0][1].estimate(0, Answers((other,), (1.0,)))
 
 
 def test_the_first_items_of_a_race_are_of_several_tasks() -> None:

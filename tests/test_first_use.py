@@ -247,6 +247,19 @@ def test_a_baseline_was_offered_and_described_as_a_find_of_the_search(tmp_path: 
     assert "is a baseline: the search found no better" in str(front_table(chosen).caption)
 
 
+def test_a_space_in_the_path_broke_the_command_that_sends_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = finished(tmp_path / "my studies" / "s")
+    for here in (tmp_path, tmp_path.parent):
+        shown = f"'{view.directory.relative_to(here)}'"
+        monkeypatch.chdir(here)
+        stream = io.StringIO()
+        print_finished(Console(file=stream, width=200), Finished(view, None, None, "no server"))
+        for verb in ("sync", "report", "compare", "export"):
+            assert f"evomerge {verb} {shown}" in stream.getvalue()
+
+
 def test_ctrl_c_while_training_said_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -50,6 +50,16 @@ def problems(project: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
+def test_a_name_that_mlflow_needs_is_pointed_out(project: Path) -> None:
+    def warned(*overrides: str) -> list[str]:
+        return [one for one in prepared(project, *overrides).warnings if "MLflow" in one]
+
+    tasks = "fitness.tasks=[{task: pick_a, name: items}, {task: pick_b, name: b.none}]"
+    [warning] = warned(tasks, "tracking.enabled=true")
+    assert warning.startswith("fitness: MLflow shows the objective 'items' as 'objective items': ")
+    assert warned(tasks) == warned("tracking.enabled=true") == []
+
+
 class TestIdentity:
     def test_settings_that_change_scores_were_not_compared(self, copy: Path) -> None:
         before = prepared(copy).identity()
@@ -229,7 +239,7 @@ def test_importance_is_kept_with_the_study(copy: Path, monkeypatch: pytest.Monke
     override = "space.partition=importance(6)"
     first = prepared(copy, override)
     launch.run(first, [])
-    monkeypatch.setattr("evomerge.prepare.task_vector_masses", None)
+    monkeypatch.setattr("evomerge.examination.task_vector_masses", None)
     again = prepared(copy, override)
     assert again.masses == first.masses
     assert again.space.digest == first.space.digest

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
+import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 from small_study import finished, small_study
 
 from evomerge.cli import cli
@@ -20,13 +23,14 @@ from evomerge.coverage import Coverage, coverage, coverage_html
 from evomerge.errors import SetupError
 from evomerge.front_frames import FRAMES, frame, frame_steps
 from evomerge.front_plot import front_picture
-from evomerge.pareto_view import front_query, pareto_view, studies_view
+from evomerge.pareto_view import STUDIES, front_query, pareto_view, studies_view
 from evomerge.presentation import front_data, project
 from evomerge.projection import coefficient_params, study_metrics, trial_params
 from evomerge.study_note import study_note
 from evomerge.study_view import StudyView
 from evomerge.trial import Score
 from evomerge.ui_server import free_port, ui_server
+from evomerge.waiting_line import waiting_line
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +72,13 @@ class TestViews:
         assert [card["type"] for card in cards] == ["BAR", "PARALLEL"]
 
     def test_studies_have_their_objectives_as_columns(self) -> None:
-        state = state_of(studies_view(["math", "code"], 5))
-        assert state["selectedColumns"][:2] == ["metrics.`math`", "metrics.`code`"]
+        state = state_of(studies_view([["math", "code"], ["chat", "math"]], 5))
+        columns = [one.removeprefix("metrics.`").rstrip("`") for one in state["selectedColumns"]]
+        assert columns[:4] == ["math", "code", "chat", "hypervolume"]
+
+    def test_many_studies_fit_a_tag(self) -> None:
+        names = [[f"{chr(97 + n % 26) * 30} {n}" for n in range(k, k + 20)] for k in range(200)]
+        assert len(studies_view(names, 5)) <= 5000
 
 
 class TestFrames:
@@ -206,6 +215,25 @@ class TestCoverage:
         assert found[0].models[-1] == f"trial {view.knee} (recommended)"
 
 
+class TestWaiting:
+    def test_a_pipe_gets_a_line_now_and_then(self) -> None:
+        said = io.StringIO()
+        with waiting_line("the end", Console(file=said), 0.01):
+            while said.getvalue().count("\n") < 3:
+                time.sleep(0.01)
+        lines = said.getvalue().splitlines()
+        assert lines[:2] == ["waiting for the end ...", "still waiting for the end (0 s) ..."]
+        count = len(lines)
+        time.sleep(0.05)
+        assert said.getvalue().count("\n") == count
+
+    def test_a_terminal_gets_one_line_that_counts(self) -> None:
+        said = io.StringIO()
+        with waiting_line("the end", Console(file=said, force_terminal=True, width=60)):
+            time.sleep(0.3)
+        assert re.search(r"waiting for the end.*0:00:00", said.getvalue())
+
+
 class TestUi:
     def test_a_taken_port_is_an_error(self, tmp_path: Path) -> None:
         import socket
@@ -229,9 +257,14 @@ class TestUi:
         target = tracking_target("http://tracking:5000", "e", tmp_path)
         monkeypatch.setattr(launch, "locate_study", lambda view: (target, Synced("7", "abc", 0)))
         small_study(tmp_path / "s").run()
-        done = CliRunner().invoke(cli, ["ui", str(tmp_path / "s"), "--no-browser"])
-        assert done.output.startswith(
-            "http://tracking:5000/#/experiments/7/runs?viewStateShareKey=abc&compareRunsMode=CHART"
-        )
+        for page, key, mode in (("pareto", "abc", "CHART"), ("studies", STUDIES, "TABLE")):
+            done = CliRunner().invoke(
+                cli, ["ui", str(tmp_path / "s"), "--no-browser", "--page", page]
+            )
+            assert done.stdout.startswith(
+                f"http://tracking:5000/#/experiments/7/runs?viewStateShareKey={key}"
+                f"&compareRunsMode={mode}"
+            )
+            assert done.stderr == "waiting for MLflow to hold all of the study ...\n"
         refused = CliRunner().invoke(cli, ["ui", str(tmp_path / "s"), "--port", str(free_port())])
         assert "nothing is started" in str(refused.exception)

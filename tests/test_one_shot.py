@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +276,40 @@ def test_weights_of_zero_write_the_base(home: Path, tmp_path: Path) -> None:
     assert merged.tensors.keys() == base.tensors.keys()
     for name in base.tensors:
         np.testing.assert_array_equal(merged.read(name), base.read(name))
+
+
+@pytest.mark.parametrize("found", [True, False], ids=["by digests", "as written"])
+def test_one_directory_under_two_names(home: Path, tmp_path: Path, found: bool) -> None:
+    """Of models with equal weights only the last was found, and then both were refused."""
+    recipe = Recipe.load(home / "recipe.json")
+    base, math = recipe.base, recipe.experts[0]
+    twice = replace(
+        recipe,
+        experts=(math, replace(math, name="again"), replace(base, name="origin")),
+        columns=("weight.math", "weight.again", "weight.origin"),
+        table=((0.25, 0.5, 3.0), (0.5, 0.25, 3.0), (1.0, 0.0, 3.0), (0.0, 1.0, 3.0)),
+    )
+    (tmp_path / "r.json").write_text(twice.to_json())
+    folders = [home]
+    if not found:
+        for name in ("origin", "my-math"):
+            shutil.copytree(home / name, tmp_path / name)
+        folders = []
+    merged = merge_recipe(tmp_path / "r.json", tmp_path / "m", {}, folders=folders)
+    once = replace(
+        recipe, experts=(math,), columns=("weight.math",), table=((0.75,), (0.75,), (1.0,), (1.0,))
+    )
+    (tmp_path / "once.json").write_text(once.to_json())
+    merge_recipe(tmp_path / "once.json", tmp_path / "o", {}, folders=[home])
+    ours, theirs = (open_models(str(tmp_path / name), []).base for name in ("m", "o"))
+    origin = open_models(str(home / "origin"), []).base
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for name in theirs.tensors:
+        np.testing.assert_allclose(ours.read(name), theirs.read(name), rtol=3e-7, atol=1e-8)
+    assert any(not np.array_equal(ours.read(name), origin.read(name)) for name in origin.tensors)
+    assert [ref.name for ref in merged.recipe.experts] == ["math", "again", "origin"]
+    again = merge_recipe(
+        tmp_path / "m" / "evomerge_recipe.json", tmp_path / "n", {}, folders=[home]
+    )
+    files = [(one.out / "model.safetensors").read_bytes() for one in (merged, again)]
+    assert files[0] == files[1]

@@ -414,7 +414,7 @@ def test_a_begun_study_does_not_read_the_weights_again(
         calls.append(sources)
         return task_vector_masses(sources, progress)
 
-    monkeypatch.setattr("evomerge.prepare.task_vector_masses", counted)
+    monkeypatch.setattr("evomerge.examination.task_vector_masses", counted)
     assert prepare(load(path), path).space.digest == first.space.digest
     assert calls == []
     # Of other weights, or damaged, it is not believed.

@@ -291,7 +291,7 @@ def test_the_template_did_not_show_how_to_save_items(tmp_path: Path) -> None:
 # -- studies that an error stopped ----------------------------------------------------------
 
 
-def broken(endpoints: Sequence[Endpoint]) -> tuple[Items, Estimator]:
+def broken(endpoints: Sequence[Endpoint], draw: int) -> tuple[Items, Estimator]:
     raise InputError("fitness.estimator: needs what is not there\n(a second line)")
 
 

@@ -54,8 +54,19 @@ class Shrunk:
         return Estimate(fmean(answers.margins) / 10 + 0.001, 0.5, {})
 
 
-def prepare(endpoints: Sequence[Endpoint], n: int = 4) -> tuple[Items, Shrunk]:
-    """Choose the items on which the endpoints differ most."""
+class Own(Shrunk):
+    """An estimator that knows the items of its own draw only, as weights of a design do."""
+
+    def __init__(self, items: Items) -> None:
+        self._items = items
+
+    def estimate(self, objective: int, answers: Answers) -> Estimate:
+        assert answers.ids == self._items[objective][: len(answers.ids)]
+        return super().estimate(objective, answers)
+
+
+def prepare(endpoints: Sequence[Endpoint], draw: int, n: int = 4) -> tuple[Items, Shrunk]:
+    """Choose the items on which the endpoints differ most; later draws begin farther down."""
     design = []
     for objective in range(len(endpoints[0].answers)):
         rows = [one.answers[objective] for one in endpoints]
@@ -63,8 +74,9 @@ def prepare(endpoints: Sequence[Endpoint], n: int = 4) -> tuple[Items, Shrunk]:
             item: max(row.scores[i] for row in rows) - min(row.scores[i] for row in rows)
             for i, item in enumerate(rows[0].ids)
         }
-        design.append(tuple(sorted(spread, key=lambda item: (-spread[item], item))[:n]))
-    return tuple(design), Shrunk()
+        best = sorted(spread, key=lambda item: (-spread[item], item))
+        design.append(tuple(best[3 * draw :] + best[: 3 * draw])[:n])
+    return tuple(design), Own(tuple(design))
 
 
 FEATURES: dict[str, dict[str, Any]] = {
@@ -92,6 +104,20 @@ FEATURES: dict[str, dict[str, Any]] = {
     "estimated halving": {
         "estimation": Estimation("shrunk", partial(prepare, n=20), full_every=4),
         "racing": Halving((10, 15)),
+        "graded": True,
+    },
+    "refreshed": {
+        "estimation": Estimation("shrunk", prepare, full_every=5, refresh="generation"),
+        "graded": True,
+    },
+    "refreshed race": {
+        "estimation": Estimation("shrunk", partial(prepare, n=20), full_every=4, refresh=3),
+        "racing": Racing((10, 15)),
+        "graded": True,
+    },
+    "refreshed halving": {
+        "estimation": Estimation("shrunk", partial(prepare, n=20), full_every=4, refresh=5),
+        "racing": Halving((10, 15), bracket=6),
         "graded": True,
     },
     "infeasible": {"objectives": (OBJECTIVES[0], replace(OBJECTIVES[1], maximum=-1.0))},
@@ -433,9 +459,9 @@ def test_values_are_estimates_with_the_subset_mean_beside_them(tmp_path: Path) -
 def test_endpoints_are_base_experts_and_calibration(tmp_path: Path) -> None:
     seen: list[Sequence[Endpoint]] = []
 
-    def remember(endpoints: Sequence[Endpoint]) -> tuple[Items, Shrunk]:
+    def remember(endpoints: Sequence[Endpoint], draw: int) -> tuple[Items, Shrunk]:
         seen.append(endpoints)
-        return prepare(endpoints)
+        return prepare(endpoints, draw)
 
     estimation = Estimation("shrunk", remember, calibration=2)
     view = study(tmp_path / "s", "estimated", estimation=estimation).run()
@@ -458,9 +484,71 @@ def test_an_estimator_that_chooses_differently_after_a_restart_is_refused(tmp_pa
 
 
 def test_an_estimator_that_chooses_unknown_items_is_refused(tmp_path: Path) -> None:
-    wrong = Estimation("wild", lambda endpoints: ((("s0.0",), ("s0.0",)), Shrunk()))
+    wrong = Estimation("wild", lambda endpoints, draw: ((("s0.0",), ("s0.0",)), Shrunk()))
     with pytest.raises(InputError, match="wild chose 1 items for from_zero: expected at least 1"):
         study(tmp_path / "s", "estimated", estimation=wrong).run()
+
+
+@pytest.mark.parametrize(("refresh", "shared"), [("generation", 6), (4, 4)])
+def test_an_estimators_items_are_common_to_a_generation_and_then_others(
+    tmp_path: Path, refresh: Any, shared: int
+) -> None:
+    estimation = Estimation("shrunk", prepare, full_every=5, refresh=refresh)
+    view = study(
+        tmp_path / "s", "refreshed", estimation=estimation, budget=24, decode=toy_decode
+    ).run()
+    searched = [trial for trial in view.trials if trial.kind == "search"]
+    draws: list[set[Items]] = [set() for _ in range(24 // shared)]
+    for index, trial in enumerate(searched):
+        result = view.results["search", trial.number]
+        items = view.items_of("search", trial.number)
+        if (index + 1) % 5:
+            draws[index // shared].add(items)
+            assert [len(ids) for ids in items] == [4, 4]
+            means = result.beside["subset mean"].values
+            assert view.told(trial.number).values == pytest.approx([m + 0.001 for m in means])
+        else:
+            assert [len(ids) for ids in items] == [30, 30]
+    assert all(len(draw) == 1 for draw in draws)
+    assert len(set.union(*draws)) == len(draws)
+    # A check is looked at through the items of its own generation.
+    for index in (4, 9, 14, 19):
+        (few,) = draws[index // shared]
+        row = searched[index].recipe.table[0]
+        expected = [fmean(item_score(row, k, item) for item in few[k]) for k in range(2)]
+        beside = view.results["search", searched[index].number].beside
+        assert beside["subset mean"].values == pytest.approx(expected)
+        assert beside["estimate"].values == pytest.approx([mean + 0.001 for mean in expected])
+    assert len(events_of(tmp_path / "s", "items")) == len(draws)
+
+
+def test_a_refreshed_study_that_is_cut_in_a_generation_goes_on_with_its_items(
+    tmp_path: Path,
+) -> None:
+    whole = study(tmp_path / "s", "refreshed", budget=18).run()
+    middle = next(
+        n for n, record in enumerate(read(tmp_path / "s").records)
+        if record["ev"] == "tell" and record["trial"] == len(whole.baselines) + 8
+    )  # fmt: skip
+    cut(tmp_path / "s", middle)
+    again = study(tmp_path / "s", "refreshed", budget=18).run()
+    assert again.front == whole.front
+    for trial in whole.trials:
+        assert again.items_of("search", trial.number) == whole.items_of("search", trial.number)
+        assert again.told(trial.number).values == whole.told(trial.number).values
+
+
+def test_another_draw_after_a_restart_is_refused(tmp_path: Path) -> None:
+    study(tmp_path / "s", "refreshed").run()
+    other = Estimation("shrunk", lambda e, d: prepare(e, 2 * d), full_every=5, refresh="generation")
+    with pytest.raises(ReplayError, match="the journal has other items for it; what chooses them"):
+        study(tmp_path / "s", "refreshed", estimation=other).run()
+
+
+def test_draws_of_different_sizes_are_refused(tmp_path: Path) -> None:
+    growing = Estimation("shrunk", lambda e, d: prepare(e, d, 4 + d), refresh="generation")
+    with pytest.raises(InputError, match="chose 5 items for near_one: expected 4, as in its first"):
+        study(tmp_path / "s", "refreshed", estimation=growing).run()
 
 
 # -- constraints ----------------------------------------------------------------------------

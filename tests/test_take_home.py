@@ -516,6 +516,8 @@ class TestAgain:
         assert find_models(recipe, [tmp_path]) == {
             "base": str(tmp_path / "base"), "lora": str(tmp_path / "l"),
         }  # fmt: skip
+        twice = replace(recipe, experts=(*experts, replace(experts[0], name="again")))
+        assert find_models(twice, [tmp_path])["again"] == str(tmp_path / "l")
         assert find_models(recipe, [project / "models/math"]) == {}
         with pytest.raises(InputError, match="--models: no such directory"):
             find_models(recipe, [tmp_path / "gone"])

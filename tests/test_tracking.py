@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from small_study import finished, small_study
 
+from evomerge import metric_names
 from evomerge.errors import InputError, SetupError
+from evomerge.metric_names import metric_name
+from evomerge.pareto_view import STUDIES, VIEW_TAG
 from evomerge.presentation import STUDY_FILE, project
-from evomerge.projection import metric_name, trial_params, trial_tags
+from evomerge.projection import trial_params, trial_tags
 from evomerge.redaction import redacted
 from evomerge.study_view import StudyView
 from evomerge.tracking import Tracker, sync
@@ -91,6 +99,9 @@ class TestSync:
         parent = client(target).get_run(synced.run_id)
         assert parent.info.status == "FINISHED"
         assert parent.data.params["seed"] == "3"
+        times = sorted(view.times.values())
+        assert parent.info.start_time <= 1000 * times[0]
+        assert parent.info.end_time >= 1000 * times[-1] - 1
         assert parent.data.metrics["hypervolume"] == pytest.approx(view.hypervolume)
         assert parent.data.metrics["trials/failed"] == view.counts.failed
         assert "evomerge export" in parent.data.tags["mlflow.note.content"]
@@ -132,6 +143,14 @@ class TestSync:
             "front.html", "front.csv", "front.png", "coefficients.html", STUDY_FILE, *members,
         }  # fmt: skip
         assert int(found["front.png"]) > 10_000
+        mlflow = client(target)
+        steps = [re.split("[%+]", picture)[2] for picture in pictures]
+        # Of each step one as it is, and one that is shown: it was too small to be read.
+        assert Counter(steps) == dict.fromkeys(steps, 2)
+        assert len(set(steps)) > 5
+        for picture in pictures:
+            with Image.open(mlflow.download_artifacts(synced.run_id, picture)) as image:
+                assert image.size == (960, 648)
         for number in view.front:
             recipe = json.loads(found[f"recipes/{number}.json"])
             assert recipe == view.trials[number].recipe.to_dict()
@@ -141,7 +160,9 @@ class TestSync:
     def test_repeating_it_doubles_nothing(self, view: StudyView, store: Path) -> None:
         target = tracking_target(None, "whole", store)
         first = sync(project(view), target)
+        before = artifacts(target, first.run_id)
         second = sync(project(view), target)
+        assert artifacts(target, second.run_id) == before
         assert (second.experiment_id, second.run_id) == (first.experiment_id, first.run_id)
         assert second.trials == 0
         assert len(children(target, first)) == len(view.trials)
@@ -184,6 +205,55 @@ class TestSync:
         run = children(target, synced)[number]
         assert run.data.tags["front"] == "false"
         assert run.data.metrics["front"] == 0.0
+
+    def test_every_study_is_in_the_list_of_the_experiment(
+        self, view: StudyView, store: Path, tmp_path: Path
+    ) -> None:
+        """The list had the objectives of the study that was sent last."""
+        target = tracking_target(None, "several", store)
+        views = [view, *(finished(tmp_path / str(m), m, budget=2) for m in (3, 1))]
+
+        def columns() -> list[str]:
+            experiment = client(target).get_experiment_by_name("several")
+            value = json.loads(experiment.tags[VIEW_TAG + STUDIES])["state"]
+            packed = base64.b64decode(value.removeprefix("deflate;"))
+            found = json.loads(zlib.decompress(packed))["selectedColumns"]
+            return [name.removeprefix("metrics.`").rstrip("`") for name in found]
+
+        for one in views:
+            sync(project(one), target)
+        assert columns()[:3] == ["reverse", "sort", "nll"]
+        before = client(target).get_experiment_by_name("several").tags
+        assert len([name for name in before if name.startswith(VIEW_TAG)]) == 1 + len(views)
+        for one in views:
+            sync(project(one), target)
+        assert client(target).get_experiment_by_name("several").tags == before
+
+    def test_an_objective_named_like_a_metric_of_ours(
+        self, view: StudyView, store: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """``front`` was 0 or 1, ``trials/finished`` the score: the series began anew each time."""
+        names = ("front", "trials/finished")
+        objectives = [replace(o, name=n) for o, n in zip(view.objectives, names, strict=True)]
+        named = replace(view, objectives=tuple(objectives))
+        target = tracking_target(None, "names", store)
+        with monkeypatch.context() as before:
+            before.setattr(metric_names, "_distinct", lambda own: own)
+            sync(project(named), target)
+        synced = sync(project(named), target)
+        assert synced.trials == 0
+        for run, trial in zip(children(target, synced), view.trials, strict=True):
+            if trial.evaluation is None:
+                continue
+            assert run.data.metrics["front"] == float(trial.number in view.front)
+            values = [run.data.metrics[f"objective {name}"] for name in names]
+            assert tuple(values) == trial.evaluation.values
+        parent = client(target).get_run(synced.run_id)
+        assert view.knee is not None
+        values = [parent.data.metrics[f"objective {name}"] for name in names]
+        assert tuple(values) == view.test[view.knee].values
+        history = client(target).get_metric_history(synced.run_id, "hypervolume")
+        assert [point.step for point in history] == list(range(1, len(view.trials) + 1))
 
     @pytest.mark.slow
     def test_a_failed_trial_that_was_run_again_is_replaced(
@@ -362,6 +432,7 @@ class TestTarget:
         ("/x", "x"),
         ("a..b", "a.b"),
         ("läng@e", "l_ng_e"),
+        ("a//b/./c", "a/b/c"),
         ("", "_"),
     ],
 )

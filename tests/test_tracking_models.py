@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from small_study import finished
+from toy_study import toy_study
 
 from evomerge.errors import NothingUsableError, StorageError
+from evomerge.extension import extend
 from evomerge.presentation import project
 from evomerge.study_view import StudyState, StudyView
 from evomerge.tracking import sync
@@ -87,3 +89,45 @@ def test_models_of_a_study_that_goes_on_are_refused(
     assert log_models(going, target, synced, "none", write) == ()
     with pytest.raises(NothingUsableError, match="is interrupted, its front may change"):
         log_models(going, target, synced, "knee", write)
+
+
+def test_the_tags_of_models_and_runs_follow_the_front(tmp_path: Path) -> None:
+    """After an extension the knee of before kept its tag, so that a study had two."""
+    from mlflow.tracking import MlflowClient
+
+    first = toy_study(tmp_path / "s", budget=4, seed=6).run()
+    target = tracking_target(None, "extended", tmp_path)
+    client = MlflowClient(tracking_uri=target.uri)
+
+    def tagged(view: StudyView) -> tuple[Synced, dict[int, dict[str, str]]]:
+        synced = sync(project(view), target)
+        log_models(view, target, synced, "none", write)
+        query = f"tags.`evomerge.study_run` = '{synced.run_id}'"
+        models = client.search_logged_models([synced.experiment_id], query)
+        return synced, {int(one.tags["evomerge.trial"]): one.tags for one in models}
+
+    synced, models = tagged(first)
+    assert models == {}
+    assert len(log_models(first, target, synced, "front", write)) == len(first.front)
+    extend(tmp_path / "s", trials=40)
+    _, models = tagged(StudyView.load(tmp_path / "s"))
+    assert {number for number, tags in models.items() if tags["knee"] == "true"} == {first.knee}
+    view = toy_study(tmp_path / "s", budget=4, seed=6).run()
+    assert view.knee not in first.front
+    assert not set(first.front) <= set(view.front)
+    synced, models = tagged(view)
+    assert set(models) == set(first.front)
+    assert {n for n, tags in models.items() if tags["knee"] == "true"} == set()
+    log_models(view, target, synced, "knee", write)
+    _, models = tagged(view)
+    assert set(models) == {*first.front, view.knee}
+    runs = client.search_runs(
+        [synced.experiment_id], f"tags.`mlflow.parentRunId` = '{synced.run_id}'"
+    )
+    trials = {int(run.data.tags["evomerge.trial"]): run.data for run in runs}
+    assert len(trials) == len(view.trials)
+    for number, data in trials.items():
+        for tags in (data.tags, models.get(number, data.tags)):
+            assert tags["front"] == ("true" if number in view.front else "false")
+            assert tags["knee"] == ("true" if number == view.knee else "false")
+        assert data.metrics["front"] == float(number in view.front)

@@ -60,6 +60,22 @@ def _damage(worker: ModelWorker, at: int = 0) -> None:
         one.detach().view(-1).view(torch.uint8)[at] ^= 0x41
 
 
+def test_workers_of_half_a_gpu_found_batches_for_a_whole_one(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+
+    def found(forward: Any, share: float) -> int:
+        shares.append(share)
+        return 256
+
+    monkeypatch.setattr("evomerge.fitness.hot.runner.found_tokens", found)
+    for gpus in ("0.5", "1", "0"):
+        file = load(study, [f"pool.gpus_per_worker={gpus}", "pool.device=cpu"])
+        prepare(file, study).factory()
+    assert shares == [0.5, 1.0, 1.0]
+
+
 def test_any_changed_bit_changes_the_sum() -> None:
     import torch
 

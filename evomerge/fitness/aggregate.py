@@ -6,6 +6,7 @@ Plain data and arithmetic: the driver can compute the value again from item scor
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -41,35 +42,34 @@ class Aggregate:
     strata: Mapping[str, str] = field(default_factory=lambda: _ONE)
 
     def estimate(
-        self, ids: Sequence[str], scores: Sequence[float], population: int | None = None
+        self, ids: Sequence[str], scores: Sequence[float], pool: Sequence[str] | None = None
     ) -> tuple[float, float]:
         """Return the value and its standard error.
 
         The error of the weighted mean is that of a ratio (Cochran 1977, eq. 2.45), which for
         equal weights is the sample standard deviation over the root of n; through the link it
         goes by the delta method. A stratum with a single item is taken to spread as the others
-        do.
+        do. Of the n items of a pool of N, or of a stratum of it, the share 1 - n / N is unknown,
+        and the variance is that much smaller (Cochran 1977, eq. 2.20).
 
         Args:
             ids: of the items [n], n >= 1; any order, it changes nothing.
             scores: of the items [n].
-            population: items that the n were drawn from (finite population correction); None
-                where they stand for more.
+            pool: items that the n were drawn from [N]; None where they stand for more.
 
         Raises:
             EvaluationError: the value is too large to be a number.
         """
-        shrink = 1.0
-        if population is not None:
-            shrink = math.sqrt(max(population - len(ids), 0) / max(population - 1, 1))
+        unknown = self._unknown(ids, pool)
         if not self.strata:
             mean, spread = self._moments(ids, scores)
             value, slope = self._linked(mean)
-            return value, slope * math.sqrt(spread or 0.0) * shrink
+            return value, slope * math.sqrt((spread or 0.0) * unknown[""])
         groups: dict[str, list[tuple[str, float]]] = {}
         for item, score in zip(ids, scores, strict=True):
             groups.setdefault(self.strata[item], []).append((item, score))
-        values, variances, missing = [], [], 0
+        values, variances = [], []
+        single: list[float] = []  # unknown shares of the strata that have one item
         known: list[float] = []  # variances of single items, of the strata that have one
         for name in sorted(groups):
             own, numbers = zip(*groups[name], strict=True)
@@ -77,17 +77,26 @@ class Aggregate:
             value, slope = self._linked(mean)
             values.append(value)
             if spread is None:
-                missing += 1
+                single.append(unknown[name])
             else:
-                variances.append(slope**2 * spread)
+                variances.append(slope**2 * spread * unknown[name])
                 known.append(slope**2 * spread * len(own))
         total = math.fsum(variances)
-        if missing and known:
-            total += missing * math.fsum(known) / len(known)
-        elif missing > 1:  # single items everywhere
-            middle = math.fsum(values) / missing
-            total = missing * math.fsum((v - middle) ** 2 for v in values) / (missing - 1)
-        return math.fsum(values) / len(values), math.sqrt(total) / len(values) * shrink
+        if single and known:
+            total += math.fsum(single) * math.fsum(known) / len(known)
+        elif len(single) > 1:  # single items everywhere
+            middle = math.fsum(values) / len(single)
+            spread = math.fsum((v - middle) ** 2 for v in values) / (len(single) - 1)
+            total = math.fsum(single) * spread
+        return math.fsum(values) / len(values), math.sqrt(total) / len(values)
+
+    def _unknown(self, ids: Sequence[str], pool: Sequence[str] | None) -> dict[str, float]:
+        """Return which share of each stratum has no score; all of it where there is no pool."""
+        names = [self.strata[item] if self.strata else "" for item in ids]
+        if pool is None:
+            return dict.fromkeys(names, 1.0)
+        sizes = Counter(self.strata[item] if self.strata else "" for item in pool)
+        return {name: 1.0 - count / sizes[name] for name, count in Counter(names).items()}
 
     def effects(self, ids: Sequence[str], scores: Sequence[float]) -> tuple[float, ...]:
         """Return by how much each item moves the value, to first order [n].
@@ -178,19 +187,21 @@ class MeanEstimator:
 
     Args:
         aggregates: of the objectives [m].
-        populations: how many items the scored ones of an objective are drawn from [m]; None
-            where the items stand for more than the split that they are from.
+        pools: what the scored items of an objective are drawn from [m]; None where they stand
+            for more than the split that they are from.
     """
 
     def __init__(
-        self, aggregates: Sequence[Aggregate], populations: Sequence[int | None] | None = None
+        self,
+        aggregates: Sequence[Aggregate],
+        pools: Sequence[Sequence[str] | None] | None = None,
     ) -> None:
         self._aggregates = tuple(aggregates)
-        self._populations = tuple(populations or [None] * len(self._aggregates))
+        self._pools = tuple(pools or [None] * len(self._aggregates))
 
     def estimate(self, objective: int, answers: Answers) -> Estimate:
         """Return the estimate of one objective; see ``Estimator``."""
         value, error = self._aggregates[objective].estimate(
-            answers.ids, answers.scores, self._populations[objective]
+            answers.ids, answers.scores, self._pools[objective]
         )
         return Estimate(value, error, {"items": float(len(answers.ids))})

@@ -172,7 +172,9 @@ class LmEvalTasks:
 
     def attach(self, live: Live) -> LmEvalFitness:
         """Return what scores a live model; see ``bind``."""
-        return self.bind(live.model, live.tokenizer, live.batch_size, live.batch_tokens, live.found)
+        return self.bind(
+            live.model, live.tokenizer, live.batch_size, live.batch_tokens, live.found, live.share
+        )
 
     def bind(
         self,
@@ -181,6 +183,7 @@ class LmEvalTasks:
         batch_size: int,
         batch_tokens: int | None = None,
         found: bool = False,
+        share: float = 1.0,
     ) -> LmEvalFitness:
         """Return the fitness of whatever weights ``model`` holds at the time of scoring.
 
@@ -191,6 +194,7 @@ class LmEvalTasks:
                 for encoder-decoders, and what is unusual.
             batch_tokens: tokens per forward pass of ours; None to find it by memory.
             found: whether an earlier run found ``batch_tokens`` by its memory.
+            share: of a GPU that may be filled.
 
         Raises:
             TaskError: the model's context is too short for what a task generates.
@@ -210,7 +214,7 @@ class LmEvalTasks:
         if lm.backend == "causal":
             from evomerge.fitness.hot.runner import Runner
 
-            answers = Runner(lm, batch_tokens, found)
+            answers = Runner(lm, batch_tokens, found, share)
         return LmEvalFitness(self.objectives, self._columns, self._tasks, answers, lm, session)
 
 

@@ -26,6 +26,7 @@ class Live:
             of the sum of |coefficients|, or ``l2``, ||W - W0|| / ||W0||.
         found: ``batch_tokens`` is what an earlier run found by its memory, not what was asked for:
             it may shrink where it does not fit any more, and is not for what has a size of its own.
+        share: of a GPU that may be filled; other workers have the rest.
     """
 
     model: Any
@@ -35,6 +36,7 @@ class Live:
     put: Callable[[str], None]
     distance: Callable[[str], float]
     found: bool = False
+    share: float = 1.0
 
 
 #: The score of an objective that is asked for no items: another one needs them.

@@ -108,6 +108,8 @@ def make_tasks(items: int, seed: int = 0) -> dict[str, list[Request]]:
     shots = " ".join(f"{words(15, 50)} {words(3, 10)}" for _ in range(5))
     pool = [f"{words(15, 50)} {words(3, 10)}" for _ in range(40)]
     stop = {"until": ["w7 w7"], "max_gen_toks": 24, "do_sample": False}
+    # About one word in thirty ends the answer, and a model that repeats itself never stops.
+    mixed = {"until": ["99"], "max_gen_toks": 96, "do_sample": False}
     return {
         "multiple choice, 5 shots, the same for all": choices(lambda: shots, 3, 10),
         "multiple choice, 5 shots drawn per item": choices(
@@ -130,6 +132,14 @@ def make_tasks(items: int, seed: int = 0) -> dict[str, list[Request]]:
         "generation, 24 tokens, no shots": [
             Request((words(15, 50), stop), "generate_until", doc_id=number)
             for number in range(max(1, items // 2))
+        ],
+        "generation, answers of 1 to 96 tokens, shots drawn per item": [
+            Request(
+                (f"{' '.join(draw.sample(pool, 5))} {words(15, 50)}", mixed),
+                "generate_until",
+                doc_id=number,
+            )
+            for number in range(items)
         ],
     }
 

@@ -47,9 +47,16 @@ class FakeMeter:
     def __init__(self, model: Any, free: int, fixed: int, slope: int, limit: int = 1 << 60) -> None:
         self._model, self._free, self._fixed, self._slope = model, free, fixed, slope
         self._limit = limit
+        self.whole, self.weights = free, 0
 
     def free(self) -> int:
         return self._free
+
+    def total(self) -> int:
+        return self.whole
+
+    def taken(self) -> int:
+        return self.weights
 
     def peak(self, work: Callable[[], None]) -> int:
         work()
@@ -93,6 +100,52 @@ def test_a_probe_that_does_not_fit_halves_what_did(monkeypatch: pytest.MonkeyPat
     model = forward()
     assert device_tokens(model, FakeMeter(model, GB, 0, 1, limit=2000)) == 512
     assert device_tokens(model, FakeMeter(model, GB, 0, 1, limit=1)) == 128
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25])
+@pytest.mark.parametrize("loaded", [0, 1, 3])
+def test_workers_that_share_a_device_fit_beside_each_other(
+    share: float, loaded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each asks when others have loaded or have not: what it finds is the same."""
+    monkeypatch.setattr(batch_size, "LOGITS", 1 << 20)
+    whole, weights, slope, fixed = 80 * GB, 4 * GB, 1_000_000, 10_000_000
+    model = forward()
+    meter = FakeMeter(
+        model, whole - (1 + min(loaded, round(1 / share) - 1)) * weights, fixed, slope
+    )
+    meter.whole, meter.weights = whole, weights
+    found = device_tokens(model, meter, share)
+    assert found == device_tokens(
+        model, FakeMeter(model, int(share * whole) - weights, fixed, slope)
+    )
+    assert (weights + fixed + slope * found) / share <= whole
+    assert found < device_tokens(model, meter)
+
+
+def test_a_share_that_others_have_filled_is_what_is_free() -> None:
+    model = forward()
+    meter = FakeMeter(model, 2 * GB, 0, 100_000)
+    meter.whole, meter.weights = 80 * GB, GB
+    assert device_tokens(model, meter, 0.5) == device_tokens(model, meter)
+    meter.weights = 60 * GB  # more than its share already
+    assert device_tokens(model, meter, 0.5) == LEAST_TOKENS
+
+
+def test_the_share_of_a_worker_reaches_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_hot_path import lm_of, make
+
+    from evomerge.fitness.hot import runner
+
+    shares: list[float] = []
+
+    def found(forward: Any, share: float) -> int:
+        shares.append(share)
+        return 512
+
+    monkeypatch.setattr(runner, "found_tokens", found)
+    assert runner.Runner(lm_of(make("llama")), share=0.5).budget == 512
+    assert shares == [0.5]
 
 
 def test_a_cpu_takes_a_fixed_size_unless_memory_is_short() -> None:

@@ -259,7 +259,7 @@ class TestAggregate:
     def test_mean_is_that_of_the_contract(self) -> None:
         value, error = Aggregate().estimate(self.IDS, self.SCORES)
         assert (value, error) == pytest.approx(mean_of(self.SCORES))
-        value, error = Aggregate().estimate(self.IDS, self.SCORES, population=9)
+        value, error = Aggregate().estimate(self.IDS, self.SCORES, [str(n) for n in range(9)])
         assert (value, error) == pytest.approx(mean_of(self.SCORES, 9))
 
     def test_one_item_has_no_error(self) -> None:
@@ -267,7 +267,7 @@ class TestAggregate:
             assert aggregate.estimate(["0"], [0.5])[1] == 0.0
 
     def test_everything_seen_has_no_error(self) -> None:
-        assert Aggregate("exp").estimate(self.IDS, self.SCORES, population=5)[1] == 0.0
+        assert Aggregate("exp").estimate(self.IDS, self.SCORES, self.IDS)[1] == 0.0
 
     def test_strata_count_the_same_and_single_items_spread_as_the_others(self) -> None:
         strata = {"0": "a", "1": "a", "2": "a", "3": "a", "4": "b"}

@@ -28,10 +28,14 @@ def test_it_serves_until_interrupted(tmp_path: Path, save_llama: Callable[..., P
     assert "viewStateShareKey=" in ran.stdout  # the link to the Pareto page
     with subprocess.Popen(
         [*evomerge, "ui", "study.yaml", "--no-browser"],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         try:
             assert process.stdout is not None
+            assert process.stderr is not None
+            # It was silent until MLflow answered, a minute on a busy machine.
+            first = process.stderr.readline()
+            assert first == "waiting for MLflow to hold all of the study ...\n"
             url = process.stdout.readline().strip()
             assert "compareRunsMode=CHART" in url
             root = f"http://{urlsplit(url).netloc}"
@@ -39,6 +43,10 @@ def test_it_serves_until_interrupted(tmp_path: Path, save_llama: Callable[..., P
                 assert answer.status == 200
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == 0
+            said = process.stderr.read()
+            port = urlsplit(url).port
+            assert f"waiting for MLflow's user interface to answer on port {port} ..." in said
+            assert said.endswith("Ctrl-C stops it\nstopped\n")
         finally:
             process.kill()
     with pytest.raises(OSError, match="refused"):

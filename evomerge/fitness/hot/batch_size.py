@@ -2,7 +2,9 @@
 
 On a device a small and a larger pass are run and their peaks measured. What a pass takes beyond
 the weights is nearly linear in its tokens, so a line through both says how many fit into the free
-memory. On a CPU larger passes gain nothing; the size is fixed, less where memory is short.
+memory. Workers that share a device divide all of its memory, not what is free: they ask at the
+same time, or before the others have loaded anything. On a CPU larger passes gain nothing; the size
+is fixed, less where memory is short.
 """
 
 from __future__ import annotations
@@ -45,6 +47,14 @@ class Meter(Protocol):
         """Return what a pass could still take."""
         ...
 
+    def total(self) -> int:
+        """Return what the device has, taken or not."""
+        ...
+
+    def taken(self) -> int:
+        """Return what this process has taken."""
+        ...
+
     def peak(self, work: Callable[[], None]) -> int:
         """Do some work and return what it took at most, beyond what was taken before."""
         ...
@@ -65,6 +75,14 @@ class CudaMeter:
         free, _ = torch.cuda.mem_get_info(self._device)
         pooled = torch.cuda.memory_reserved(self._device)
         return int(free) + pooled - torch.cuda.memory_allocated(self._device)
+
+    def total(self) -> int:
+        """Return what the device has, taken or not."""
+        return int(torch.cuda.mem_get_info(self._device)[1])
+
+    def taken(self) -> int:
+        """Return what this process has taken."""
+        return int(torch.cuda.memory_allocated(self._device))
 
     def peak(self, work: Callable[[], None]) -> int:
         """Do some work and return what it took at most, beyond what was taken before."""
@@ -101,7 +119,7 @@ class Line:
         return max(LEAST_TOKENS, (1 << fitting.bit_length()) >> 1)
 
 
-def device_tokens(forward: Forward, meter: Meter) -> int:
+def device_tokens(forward: Forward, meter: Meter, share: float = 1.0) -> int:
     """Return the tokens of a pass on a device, by two passes of the live model.
 
     Where even the larger probe does not fit, it is the half of what did.
@@ -109,9 +127,12 @@ def device_tokens(forward: Forward, meter: Meter) -> int:
     Args:
         forward: of the model.
         meter: of the device's memory.
+        share: of the device that belongs to this process, weights included.
     """
     model = forward.model
     free = meter.free()
+    if share < 1.0:
+        free = min(free, int(share * meter.total()) - meter.taken())
     width = model.get_input_embeddings().weight.shape[0]
     logits = _LOGIT_COPIES * (LOGITS // width) * width * model.dtype.itemsize
     peaks = []
@@ -151,11 +172,16 @@ def cpu_tokens(forward: Forward, available: int | None = None) -> int:
     return Line(float(logits), float(slope)).tokens(SHARE * room, CPU_TOKENS)
 
 
-def found_tokens(forward: Forward) -> int:
-    """Return the tokens of a pass on the device of the model."""
+def found_tokens(forward: Forward, share: float = 1.0) -> int:
+    """Return the tokens of a pass on the device of the model.
+
+    Args:
+        forward: of the model.
+        share: of a GPU that belongs to this process.
+    """
     if forward.device.type == "cpu":
         return cpu_tokens(forward)
-    return device_tokens(forward, CudaMeter(forward.device))
+    return device_tokens(forward, CudaMeter(forward.device), share)
 
 
 def _pass(forward: Forward, tokens: int) -> None:

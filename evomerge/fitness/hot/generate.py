@@ -1,4 +1,13 @@
-"""Greedy generation in batches, with a cache that is written in place."""
+"""Greedy generation in a batch that rows join and leave, with a cache that is written in place.
+
+When some rows have ended, waiting prompts take their seats, so that a long answer is seldom
+computed alone; see ``batch`` and ``seats``.
+
+transformers' own continuous batching (``generate_batch``) is not used: its requests end at token
+ids and lengths only, so each would run on behind its stop string; and without flash attention, to
+which it switches the live model where it can, it packs all rows into one sequence under a dense
+mask, whose cost grows with the square of their number.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
-from evomerge.fitness.hot.forward import Forward, Prefix
-from evomerge.fitness.hot.likelihood import batches
-from evomerge.fitness.hot.trie import Group, Row, Sequenced, arrange
-
-#: Finished rows are taken out of the batch when they are at least this share of it.
-COMPACT = 0.2
+from evomerge.fitness.hot.batch import Batch, Ending
+from evomerge.fitness.hot.forward import Forward
+from evomerge.fitness.hot.trie import Group, Sequenced, arrange
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +38,10 @@ class Prompts:
 def arranged_prompts(forward: Forward, prompts: Sequence[Sequence[int]]) -> Prompts:
     """Return how to compute some prompts [n]; the same for every candidate."""
     sequences = [Sequenced(tuple(tokens), len(tokens) - 1) for tokens in prompts]
-    return Prompts(
-        arrange(sequences, trees=False, prefixes=forward.prefixes, continued=False), len(sequences)
-    )
+    groups = arrange(sequences, trees=False, prefixes=forward.prefixes, continued=False)
+    # The longest first, so that the cache seldom has to grow.
+    longest_first = sorted(groups, key=lambda one: -len(one.prefix) - len(one.rows[0].tokens))
+    return Prompts(tuple(longest_first), len(sequences))
 
 
 class Stops:
@@ -88,7 +93,7 @@ def generate(
     Args:
         forward: of the model, with the weights as they are now.
         plan: the prompts.
-        budget: tokens per forward pass, padding counted.
+        budget: tokens per forward pass, padding counted; one prompt at least.
         most: new tokens of each.
         ends: token ids that end a text; they are part of the result.
         reached: whether the tokens so far end a text.
@@ -97,130 +102,10 @@ def generate(
         [n] new tokens.
     """
     found: list[list[int]] = [[] for _ in range(plan.count)]
-    for group in plan.groups:
-        ahead = forward.prefix(group.prefix) if group.prefix else ()
-        for rows in batches(group.rows, budget, budget):
-            texts = _Batch(forward, rows, ahead, most).run(ends, reached)
-            for row, tokens in zip(rows, texts, strict=True):
-                for number, _ in row.wanted:
-                    found[number] = tokens
+    if not plan.groups or most < 1:
+        return found
+    with torch.inference_mode():
+        for row, tokens in Batch(forward, plan.groups, budget, Ending(most, ends, reached)).run():
+            for number, _ in row.wanted:
+                found[number] = tokens
     return found
-
-
-class _Batch:
-    """Rows that are generated together, left-padded."""
-
-    def __init__(self, forward: Forward, rows: Sequence[Row], ahead: Prefix, most: int) -> None:
-        self._forward = forward
-        self._most = most
-        device = forward.device
-        length = max(len(row.tokens) for row in rows)
-        self._tokens = torch.zeros((len(rows), length), dtype=torch.long)
-        seen = torch.zeros((len(rows), length), dtype=torch.long)
-        for at, row in enumerate(rows):
-            self._tokens[at, length - len(row.tokens) :] = torch.from_numpy(row.tokens)
-            seen[at, length - len(row.tokens) :] = 1
-        prefix = ahead[0][0].shape[-2] if ahead else 0
-        known = torch.ones((len(rows), prefix), dtype=torch.long)
-        # Columns of the tokens to come are seen from their step on.
-        self._mask = torch.cat([known, seen], 1).to(device)
-        positions = self._mask.cumsum(1)[:, prefix:] - 1
-        self._positions = positions.clamp_min(0)
-        self._tokens = self._tokens.to(device)
-        layers = forward.model.config.get_text_config(decoder=True).num_hidden_layers
-        self._cache = Cache(layers=[_Layer(prefix + length + most) for _ in range(layers)])
-        for number, (keys, values) in enumerate(ahead):
-            shape = (len(rows), -1, -1, -1)
-            self._cache.update(keys.expand(shape), values.expand(shape), number)
-
-    def run(
-        self, ends: frozenset[int], reached: Callable[[Sequence[int]], bool]
-    ) -> list[list[int]]:
-        """Return the new tokens of every row."""
-        texts: list[list[int]] = [[] for _ in range(len(self._tokens))]
-        alive = list(range(len(texts)))  # the batch's rows, by their number in the beginning
-        done = [False] * len(texts)
-        tokens, positions = self._tokens, self._positions
-        for step in range(self._most):
-            chosen = self._step(tokens, positions)
-            for at, token in enumerate(chosen.tolist()):
-                number = alive[at]
-                if not done[number]:
-                    texts[number].append(token)
-                    done[number] = token in ends or reached(texts[number])
-            if all(done) or step + 1 == self._most:
-                break
-            if sum(done[number] for number in alive) >= COMPACT * len(alive):
-                keep = [at for at, number in enumerate(alive) if not done[number]]
-                alive = [alive[at] for at in keep]
-                index = torch.tensor(keep, device=chosen.device)
-                chosen, positions = chosen[index], positions[index]
-                self._mask = self._mask[index]
-                self._cache.batch_select_indices(index)
-            tokens = chosen.unsqueeze(1)
-            positions = positions[:, -1:] + 1
-            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
-        return texts
-
-    def _step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return the most likely next token of each row [B]."""
-        rows, length = tokens.shape
-        last = torch.arange(1, rows + 1) * length - 1
-        extra = {"position_ids": positions} if "position_ids" in self._forward.takes else {}
-        logits = self._forward.picked(
-            tokens, last, attention_mask=self._mask, past_key_values=self._cache, **extra
-        )
-        return logits.argmax(-1)
-
-
-class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers has no types here
-    """Keys and values in room that is there from the beginning, so that nothing is copied.
-
-    Args:
-        capacity: tokens.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self._capacity = capacity
-        self._length = 0
-        self._room: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make room for as many tokens as there can be."""
-        super().lazy_initialization(key_states, value_states)
-
-        def room(like: torch.Tensor) -> torch.Tensor:
-            rows, heads, _, width = like.shape
-            return like.new_empty((rows, heads, self._capacity, width))
-
-        self._room = room(key_states), room(value_states)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new tokens behind the old ones and return all."""
-        if self._room is None:
-            self.lazy_initialization(key_states, value_states)
-        assert self._room is not None
-        stop = self._length + key_states.shape[-2]
-        self._room[0][:, :, self._length : stop] = key_states
-        self._room[1][:, :, self._length : stop] = value_states
-        self._length = stop
-        return self._view()
-
-    def _view(self) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self._room is not None
-        self.keys = self._room[0][:, :, : self._length]
-        self.values = self._room[1][:, :, : self._length]
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        """Return how many tokens are stored."""
-        return self._length
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some rows."""
-        assert self._room is not None
-        self._room = self._room[0][indices], self._room[1][indices]
-        self._view()

@@ -45,14 +45,17 @@ class Runner:
         lm: an ``HFLM`` around the model; it tokenises, and answers what is not on the hot path.
         budget: tokens per forward pass; None to find it by memory, see ``batch_size``.
         found: an earlier run found ``budget`` so: it shrinks where it does not fit any more.
+        share: of a GPU that this process may fill; what is found fits into it.
     """
 
-    def __init__(self, lm: Any, budget: int | None = None, found: bool = False) -> None:
+    def __init__(
+        self, lm: Any, budget: int | None = None, found: bool = False, share: float = 1.0
+    ) -> None:
         self._lm = lm
         self._forward = Forward(lm.model)
         self._plans: OrderedDict[Hashable, Any] = OrderedDict()
         self._stops: dict[tuple[str, ...], Stops] = {}
-        self.budget = budget or found_tokens(self._forward)
+        self.budget = budget or found_tokens(self._forward, share)
         self._given = budget is not None and not found
 
     def facts(self) -> dict[str, str]:
@@ -129,7 +132,10 @@ class Runner:
         config = lm.model.generation_config
         if any(getattr(config, name, values[0]) not in values for name, values in _PLAIN.items()):
             return False
-        if not forward.prefixes or getattr(lm, "think_end_token", None) is not None:
+        # Rows of different lengths stand side by side, so the model must be told positions.
+        if not forward.prefixes or "position_ids" not in forward.takes:
+            return False
+        if getattr(lm, "think_end_token", None) is not None:
             return False
         if forward.window is None:
             return True

@@ -151,6 +151,10 @@ DESIGNS: Mapping[str, Choose] = {
 }
 
 
+#: Designs whose items are picked, not drawn: another seed gives nearly the same ones.
+ANCHORS = frozenset({"anchor", "anchor_irt"})
+
+
 def choose_items(design: str, population: Population, n: int, seed: int, name: str) -> Design:
     """Choose items by the name of a design.
 

@@ -80,6 +80,7 @@ class Population:
         training: scores of the models that the bank was fitted to [M, I]; for anchors.
         subset_weights: of a weighted mean over the chosen items, by id; empty where equal.
         random: whether candidates are scored on items drawn at random.
+        within_groups: whether a fixed number of these was drawn from every group.
     """
 
     ids: tuple[str, ...]
@@ -90,6 +91,7 @@ class Population:
     training: Floats | None = None
     subset_weights: Mapping[str, float] = field(default_factory=dict)
     random: bool = True
+    within_groups: bool = False
     _index: Mapping[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -138,6 +140,12 @@ class Population:
             raise InputError(f"population: {len(ids) - len(set(ids))} items are given twice")
         return np.array([self._index[name] for name in ids], dtype=np.intp)
 
+    def grouping(self) -> tuple[Rows, Rows]:
+        """Return the number of each item's group [I], by name, and the sizes of the groups [G]."""
+        names = {name: number for number, name in enumerate(sorted(set(self.groups)))}
+        group = np.array([names[name] for name in self.groups], dtype=np.intp)
+        return group, np.bincount(group, minlength=len(names)).astype(np.intp)
+
     def scored_endpoints(self, purpose: str) -> Endpoints:
         """Return the endpoints.
 
@@ -174,7 +182,8 @@ class Population:
         """Return the population as it is seen through the items of a design."""
         self.rows(design.ids)
         weights = dict(zip(design.ids, design.weights, strict=True)) if design.weights else {}
-        return replace(self, subset_weights=weights, random=design.random)
+        grouped = design.name == "stratified"
+        return replace(self, subset_weights=weights, random=design.random, within_groups=grouped)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -47,73 +46,121 @@ Run = Callable[[Sample], Estimates]
 
 
 def mean(population: Population) -> Run:
-    """Mean over the items, weighted as in the value; ``mean_of`` where all weights are equal."""
+    """Mean over the items, weighted as in the value; ``mean_of`` where all weights are equal.
+
+    Of items that a design picked it is biased, and its error, that of drawn items, does not say so.
+    """
 
     def run(sample: Sample) -> Estimates:
         weights = population.weights[sample.rows]
-        return _drawn_mean(sample.scores, weights / weights.sum(), len(population))
+        return _mean(population, sample, weights / weights.sum(), _unknown(population, sample))
 
     return run
 
 
-def _drawn_mean(scores: Floats, weights: Floats, population: int) -> Estimates:
-    """Return the weighted mean of items drawn without replacement [n, s]."""
-    n, count = scores.shape
-    values = scores @ weights
+def _unknown(population: Population, sample: Sample) -> Floats:
+    """Return the share of what each item stands for that has no score, all alike [s]."""
+    count = len(sample.rows)
+    return np.full(count, 1.0 - count / len(population))
+
+
+def _mean(population: Population, sample: Sample, weights: Floats, unknown: Floats) -> Estimates:
+    """Return the mean with some weights that sum to 1 [s]."""
+    variance = _variance(population, sample.rows, sample.scores, weights, unknown)
+    return Estimates(sample.scores @ weights, np.sqrt(variance))
+
+
+def _variance(
+    population: Population, rows: Rows, scores: Floats, weights: Floats, unknown: Floats
+) -> Floats:
+    """Return the variance of a weighted mean over the draws of its items [n].
+
+    Items that were drawn within their groups differ from draw to draw within them only. Else it
+    is that of the linearised ratio (Cochran 1977, 6.4) with a finite population correction for
+    each item, which for unequal chances is Hajek's (1964) approximation. A single item has none.
+
+    Args:
+        population: of the items.
+        rows: of the items [s].
+        scores: or residuals of them [n, s].
+        weights: summing to 1 [s].
+        unknown: 1 - an item's chance to be drawn [s]; of groups it is their own.
+    """
+    if population.within_groups:
+        return _variance_within(population, rows, scores, weights)
+    count = scores.shape[1]
     if count == 1:
-        return Estimates(values, np.zeros(n))
-    # Linearised ratio estimator: residuals times weights (Cochran 1977, 6.4).
-    squares = ((scores - values[:, None]) ** 2) @ weights**2
-    unseen = max(population - count, 0) / max(population - 1, 1)
-    return Estimates(values, np.sqrt(squares * count / (count - 1) * unseen))
+        return np.zeros(len(scores))
+    residuals = (scores - (scores @ weights)[:, None]) * weights
+    return np.asarray((residuals**2 @ unknown) * count / (count - 1))
 
 
 def stratified(population: Population) -> Run:
     """Mean per group of items; groups without an item are left out, and the fact is recorded."""
-    names = sorted(set(population.groups))
-    group = np.array([names.index(name) for name in population.groups])
-    total = population.weights.sum()
+    group, sizes = population.grouping()
+    mass = np.bincount(group, weights=population.weights) / population.weights.sum()
 
     def run(sample: Sample) -> Estimates:
-        n = len(sample.scores)
-        values, variances, mass = np.zeros(n), np.zeros(n), 0.0
-        deviations = []
-        for number in range(len(names)):
-            inside = group[sample.rows] == number
-            share = float(population.weights[group == number].sum() / total)
-            if not inside.any():
-                continue
-            weights = population.weights[sample.rows[inside]]
-            part = _drawn_mean(
-                sample.scores[:, inside], weights / weights.sum(), int((group == number).sum())
-            )
-            values, mass = values + share * part.values, mass + share
-            variances = variances + (share * part.standard_errors) ** 2
-            deviations.append((share, int(inside.sum()), sample.scores[:, inside]))
-        pooled = _pooled_variance(deviations, n)
-        for share, count, _ in deviations:
-            if count == 1:  # a group of one item has no spread of its own
-                variances = variances + share**2 * pooled
-        return Estimates(values / mass, np.sqrt(variances) / mass, {"covered": np.full(n, mass)})
+        inside = group[sample.rows]
+        own = population.weights[sample.rows]
+        totals = np.bincount(inside, weights=own, minlength=len(sizes))
+        covered = float(mass[totals > 0].sum())
+        weights = own / totals[inside] * mass[inside] / covered
+        variance = _variance_within(population, sample.rows, sample.scores, weights)
+        facts = {"covered": np.full(len(sample.scores), covered)}
+        return Estimates(sample.scores @ weights, np.sqrt(variance), facts)
 
     return run
 
 
-def _pooled_variance(parts: Sequence[tuple[float, int, Floats]], n: int) -> Floats:
+def _variance_within(population: Population, rows: Rows, scores: Floats, weights: Floats) -> Floats:
+    """Return the variance of a mean whose items were drawn within groups (Cochran 1977, 5.6) [n].
+
+    A group of one item has no spread of its own; it is taken to spread as the others do.
+    """
+    group, sizes = population.grouping()
+    inside = group[rows]
+    counts = np.bincount(inside, minlength=len(sizes))
+    unknown = 1.0 - counts / sizes
+    variance = np.zeros(len(scores))
+    parts = [np.flatnonzero(inside == number) for number in np.unique(inside)]
+    pooled = _pooled_variance([scores[:, part] for part in parts])
+    for part in parts:
+        w, left, count = weights[part], unknown[inside[part[0]]], len(part)
+        if count == 1:
+            variance += w[0] ** 2 * left * pooled
+            continue
+        middle = scores[:, part] @ (w / w.sum())
+        squares = (((scores[:, part] - middle[:, None]) * w) ** 2).sum(axis=1)
+        variance += squares * left * count / (count - 1)
+    return variance
+
+
+def _pooled_variance(parts: Sequence[Floats]) -> Floats:
     """Return the variance within groups, over those with two items or more; else over all [n]."""
-    freedom = sum(count - 1 for _, count, _ in parts)
+    freedom = sum(scores.shape[1] - 1 for scores in parts)
     if freedom == 0:
-        scores = np.hstack([scores for _, _, scores in parts])
-        return np.asarray(scores.var(axis=1, ddof=1)) if scores.shape[1] > 1 else np.zeros(n)
-    squares = sum(((s - s.mean(axis=1, keepdims=True)) ** 2).sum(axis=1) for _, _, s in parts)
+        every = np.hstack(parts)
+        return every.var(axis=1, ddof=1) if every.shape[1] > 1 else np.zeros(len(every))
+    squares = sum(((s - s.mean(axis=1, keepdims=True)) ** 2).sum(axis=1) for s in parts)
     return np.asarray(squares / freedom)
 
 
 def weighted_mean(population: Population) -> Run:
-    """Weighted mean; the error treats the items as drawn, anchors are at least as good."""
+    """Mean weighted by the design.
+
+    An item that stands for the share W of the value and is the share w of it itself leaves
+    1 - w / W unknown. Of drawn items w / W is their chance. Anchors are not drawn; each is taken
+    to be one of its cluster, and clusters to differ as items do: they are at least as good.
+    """
 
     def run(sample: Sample) -> Estimates:
-        return _drawn_mean(sample.scores, _subset_weights(population, sample), len(population))
+        weights = _subset_weights(population, sample)
+        unknown = _unknown(population, sample)
+        if population.subset_weights:
+            own = population.weights[sample.rows] / len(population)
+            unknown = 1.0 - np.minimum(own / weights, 1.0)
+        return _mean(population, sample, weights, unknown)
 
     return run
 
@@ -271,11 +318,12 @@ def ppi(
             left = total - len(others)
             seen = sample.scores[:, others] @ share[sample.rows[others]]
             values += seen + p @ rest + residuals[:, inside].mean(axis=1) * left / total
-        if count == 1:
-            return Estimates(values, np.zeros(len(values)))
-        unseen = (total - count) / max(total - 1, 1)
-        errors = residuals.std(axis=1, ddof=1) * math.sqrt(unseen / count)
-        return Estimates(values / folds, errors, {"residual": residuals.mean(axis=1)})
+        equal = np.full(count, 1.0 / count)
+        variance = _variance(
+            population, sample.rows, residuals, equal, _unknown(population, sample)
+        )
+        facts = {"residual": residuals.mean(axis=1)}
+        return Estimates(values / folds, np.sqrt(variance), facts)
 
     return run
 
