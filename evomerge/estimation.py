@@ -22,6 +22,7 @@ from evomerge.fitness.irt.estimators import ESTIMATORS, NEEDS, SubsetEstimator
 from evomerge.fitness.irt.population import Design, Endpoints, Population
 from evomerge.fitness.measures import MEASURES
 from evomerge.items import drawn
+from evomerge.study_space import scored_alone
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,11 @@ def estimation(file: StudyFile, root: Path, fitness: Composite) -> Estimation | 
         if _needs_margins(section.name, section.design):
             graded = tuple(not reason for reason in fitness.ungraded)
         problems += _unfit(section, fitness, len(file.fitness.tasks))
+    if not scored_alone(file) and not section.calibration:
+        problems.append(
+            f"name: {section.name} learns from models that are scored before the search, and "
+            "baselines.experts leaves out every expert (name one, or set calibration)"
+        )
     if problems:
         raise InputError("\n".join(f"fitness.estimator.{problem}" for problem in problems))
     return Estimation(

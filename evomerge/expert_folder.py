@@ -35,19 +35,25 @@ def list_experts(data: dict[str, Any], root: Path) -> list[str]:
 def experts_in(folder: str, root: Path) -> tuple[dict[str, str], list[str]]:
     """Return name and path of every model in a folder, by name, and what is wrong with it.
 
-    Files and hidden folders are passed over; any other folder must be a model.
+    Files and hidden folders are passed over; all else must be a model, links to nowhere included.
 
     Args:
         folder: as the user wrote it.
         root: folder that relative paths start from.
     """
-    path = root / Path(folder).expanduser()
-    if not path.is_dir():
+    try:
+        path = root / Path(folder).expanduser()
+        # An empty path would be the folder of the study file itself.
+        found = sorted(path.iterdir()) if folder.strip() and path.is_dir() else None
+    except (OSError, RuntimeError, ValueError) as error:  # closed, too long, unknown ~user, NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        return {}, [f"models.experts: {folder!r} cannot be read: {reason}"]
+    if found is None:
         return {}, [
             f"models.experts: no such folder: {folder} (a folder whose subfolders are the "
             "experts, or a mapping of names to models)"
         ]
-    inside = sorted(one for one in path.iterdir() if one.is_dir() and one.name[0] != ".")
+    inside = [one for one in found if one.name[0] != "." and not one.is_file()]
     problems = [
         f"models.experts: {folder.rstrip('/')}/{one.name} is no model: it has neither "
         f"{' nor '.join(_CONFIGS)} (move it out of the folder, or list the experts by name)"
