@@ -77,7 +77,8 @@ class Population:
         groups: the task or topic of each item [I]; empty for one.
         endpoints: models that were scored on all items.
         bank: item parameters of at least these items.
-        training: scores of the models that the bank was fitted to [M, I]; for anchors.
+        training: scores of the models that the bank was fitted to [M, I]; for anchors. Those that
+            the bank holds, where none are given.
         subset_weights: of a weighted mean over the chosen items, by id; empty where equal.
         random: whether candidates are scored on items drawn at random.
         within_groups: how many items were drawn, a fixed number from every group; 0 where they
@@ -124,6 +125,8 @@ class Population:
             )
         if self.bank is not None:
             object.__setattr__(self, "bank", self.bank.select(self.ids))
+            if self.training is None:
+                object.__setattr__(self, "training", self.bank.responses)
 
     def __len__(self) -> int:
         return len(self.ids)
