@@ -6,7 +6,7 @@ import errno
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from evomerge.errors import InputError, StorageError
@@ -19,7 +19,8 @@ def atomic_file(path: Path, option: str) -> Iterator[Path]:
     """Yield a temporary neighbour that becomes ``path`` when the block ends without an error.
 
     It has the same suffix. Behind a link the file itself is replaced, with the permissions that
-    it had; what is no file (a pipe, a terminal) is written as it is.
+    it had and, as far as that is allowed, the owner; what is no file (a pipe, a terminal) is
+    written as it is.
 
     Args:
         path: of the file.
@@ -40,7 +41,7 @@ def atomic_file(path: Path, option: str) -> Iterator[Path]:
                 yield temporary
             _make_durable(temporary)
             if out.exists():
-                temporary.chmod(out.stat().st_mode & 0o777)
+                _give_as(out.stat(), temporary)
             temporary.replace(out)
         finally:
             temporary.unlink(missing_ok=True)
@@ -59,6 +60,15 @@ def write_text(path: Path, text: str, option: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def _give_as(before: os.stat_result, path: Path) -> None:
+    """Give a file permissions and owner of another; root must not take a user's file over."""
+    path.chmod(before.st_mode & 0o777)
+    for owner, group in ((before.st_uid, before.st_gid), (-1, before.st_gid)):
+        with suppress(OSError):
+            os.chown(path, owner, group)
+            return
+
+
 def _make_durable(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -75,5 +85,7 @@ def _in_words(path: Path, option: str, error: OSError) -> InputError | StorageEr
             "before is as it was)"
         )
     if error.errno == errno.ENOENT:
-        return InputError(f"{before}: there is no folder {path.parent} (make it first)")
+        # Of a link the folder that lacks is that of what it names.
+        folder = path.resolve().parent if path.is_symlink() else path.parent
+        return InputError(f"{before}: there is no folder {folder} (make it first)")
     return InputError(f"{before}: {reason} (choose another place)")

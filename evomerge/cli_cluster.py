@@ -246,7 +246,7 @@ class _Target:
 
 def _target(study: str, address: str | None) -> _Target:
     """Return which study is meant, and on which cluster it is said to be."""
-    from evomerge.config import load
+    from evomerge.config import load_place
     from evomerge.jobs import cluster_address
     from evomerge.presentation import STUDY_FILE
     from evomerge.submission import study_key, submitted
@@ -258,7 +258,7 @@ def _target(study: str, address: str | None) -> _Target:
         raise InputError(f"{study}: neither a study file nor a study directory")
     record = submitted(path)
     if record is None:
-        return _Target(study_key(load(path)), cluster_address(address), path, ())
+        return _Target(study_key(load_place(path)), cluster_address(address), path, ())
     where = cluster_address(address, record.address)
     return _Target(record.key, where, path, record.overrides)
 

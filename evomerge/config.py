@@ -197,6 +197,17 @@ class BaselinesSection(Section):
         "lora_factors each weight is the root of it, because it acts squared",
     )
 
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _choice(cls, value: object) -> object:
+        number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        names = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        if not (number or names or value in ("auto", "all")):
+            raise PydanticCustomError(
+                "scored_alone", "must be auto, all, a list of names, or how many at most"
+            )
+        return value
+
 
 class PoolSection(Section):
     """Where trials run."""
@@ -272,13 +283,34 @@ def load(path: Path, overrides: Sequence[str] = ()) -> StudyFile:
     """
     data = read_data(path, overrides)
     problems = list_experts(data, path.resolve().parent)
-    if problems:
-        raise StudyFileError(str(path), problems)
     try:
         study = StudyFile.model_validate(data)
     except ValidationError as error:
-        raise StudyFileError(str(path), form_problems(error, data)) from error
+        form = form_problems(error, data)
+        if problems:  # a folder that cannot be used is still a text, which is the wrong type
+            form = [line for line in form if not line.startswith("models.experts: ")]
+        raise StudyFileError(str(path), [*problems, *form]) from error
     return named(study, path)
+
+
+def load_place(path: Path, overrides: Sequence[str] = ()) -> StudyFile:
+    """Read a study file for its name and directory: a folder of experts may be gone.
+
+    Args:
+        path: of the file.
+        overrides: see ``load``.
+
+    Raises:
+        StudyFileError: every problem, with its dotted path.
+    """
+    data = read_data(path, overrides)
+    models = data.get("models")
+    if isinstance(models, dict) and isinstance(models.get("experts"), str):
+        models["experts"] = {"expert": models["experts"]}
+    try:
+        return named(StudyFile.model_validate(data), path)
+    except ValidationError as error:
+        raise StudyFileError(str(path), form_problems(error, data)) from error
 
 
 def named(study: StudyFile, path: Path) -> StudyFile:

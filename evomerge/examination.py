@@ -26,7 +26,7 @@ from evomerge.search.baselines import Baseline
 from evomerge.search.registry import argument_problems, find_searcher
 from evomerge.space import Range, Space
 from evomerge.starting import start_baseline
-from evomerge.study_space import columns_of, space_of
+from evomerge.study_space import columns_of, require_space, space_of
 from evomerge.worker import load_tokenizer
 
 T = TypeVar("T")
@@ -86,6 +86,8 @@ def examine(
         found.attempt(lambda: _check_search(file, "objectives" not in unsure))
     if not {"method", "expert names"} & set(unsure):
         found.columns = found.attempt(lambda: columns_of(file))
+    else:
+        found.attempt(lambda: require_space(file, "method" not in unsure))
     models = found.models = found.attempt(lambda: _open(file, root))
     if "tasks" not in unsure:
         found.tasks = found.attempt(lambda: file_fitness(file, root))

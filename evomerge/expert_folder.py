@@ -43,6 +43,7 @@ def experts_in(folder: str, root: Path) -> tuple[dict[str, str], list[str]]:
     """
     try:
         path = root / Path(folder).expanduser()
+<<<<<<< HEAD
         # An empty path would be the folder of the study file itself.
         found = sorted(path.iterdir()) if folder.strip() and path.is_dir() else None
     except (OSError, RuntimeError, ValueError) as error:  # closed, too long, unknown ~user, NUL
@@ -60,6 +61,30 @@ def experts_in(folder: str, root: Path) -> tuple[dict[str, str], list[str]]:
         for one in inside
         if not any((one / name).is_file() for name in _CONFIGS)
     ]
+=======
+        if not folder.strip() or not path.is_dir():
+            return {}, [
+                f"models.experts: no such folder: {folder or repr(folder)} (a folder whose "
+                "subfolders are the experts, or a mapping of names to models)"
+            ]
+        inside = sorted(one for one in path.iterdir() if one.is_dir() and one.name[0] != ".")
+        others = [one for one in inside if not any((one / n).is_file() for n in _CONFIGS)]
+    except (OSError, RuntimeError) as error:  # unreadable, a name too long, an unknown ~user
+        reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+        return {}, [f"models.experts: {folder}: cannot be read: {reason} (give another folder)"]
+>>>>>>> work-c
     if not inside:
-        problems.append(f"models.experts: {folder} has no subfolders (each is to be an expert)")
-    return {one.name: f"{folder.rstrip('/')}/{one.name}" for one in inside}, problems
+        return {}, [f"models.experts: {folder} has no subfolders (each is to be an expert)"]
+    start = folder.rstrip("/") + "/"
+    neither = f"it has neither {' nor '.join(_CONFIGS)}"
+    if others == inside and len(inside) > 1:
+        return {}, [
+            f"models.experts: no subfolder of {folder} is a model, such as {start}{inside[0].name}:"
+            f" {neither} (give the folder whose subfolders are the experts)"
+        ]
+    problems = [
+        f"models.experts: {start}{one.name} is no model: {neither} (move it out of the folder, "
+        "or list the experts by name)"
+        for one in others
+    ]
+    return {one.name: f"{start}{one.name}" for one in inside}, problems

@@ -11,7 +11,7 @@ import numpy as np
 from evomerge.adapter import open_adapter
 from evomerge.checkpoint import read_json_mapping
 from evomerge.errors import InputError, RecipeError
-from evomerge.lora import Kept
+from evomerge.lora import Kept, named_base
 from evomerge.merge.factor_sources import FactorSources, factor_bytes, forms_of
 from evomerge.merge.merger import Merger, models_of
 from evomerge.merge.methods import METHODS
@@ -88,7 +88,7 @@ def _config(recipe: Recipe, models: Models, sources: FactorSources) -> dict[str,
     names = [_module(models, slot) for slot in sources.forms]
     return {
         "peft_type": "LORA", "task_type": first.get("task_type"), "inference_mode": True,
-        "base_model_name_or_path": recipe.base.source.partition("@")[0],
+        **named_base(recipe),
         "lora_dropout": 0.0, "bias": "none", "target_modules": sorted(names),
         "fan_in_fan_out": any(form.transposed for form in sources.forms.values()),
         "init_lora_weights": True, "use_dora": False, "modules_to_save": None,

@@ -64,12 +64,17 @@ def _cells(measured: Measured | None, objectives: int) -> Iterator[object]:
         yield from (repr(value), repr(error))
 
 
+def cell(text: str) -> str:
+    """Return a text that a table in Markdown keeps in one cell."""
+    return text.replace("|", r"\|").replace("\n", " ")
+
+
 def front_markdown(data: FrontData) -> str:
     """Return the table for people: the best split that each model has, ± one standard error."""
     points = table_points(data)
     tested = any(point.test is not None for point in points)
     lines = [
-        "| model | trial | " + " | ".join(o.name for o in data.objectives) + " |",
+        "| model | trial | " + " | ".join(cell(o.name) for o in data.objectives) + " |",
         "|---|---:|" + "---:|" * len(data.objectives),
     ]
     for point in points:

@@ -123,6 +123,17 @@ def write_lora(recipe: Recipe, models: Models, rank: int, folder: Path) -> Kept:
     return writer.kept()
 
 
+def named_base(recipe: Recipe) -> dict[str, str | None]:
+    """Return the keys by which peft finds the base of an adapter.
+
+    Args:
+        recipe: with sources that can be shown: an ``@`` in a directory's name is no revision.
+    """
+    source = recipe.base.source
+    base, _, revision = (source, "", "") if source[:1] in "./~" else source.partition("@")
+    return {"base_model_name_or_path": base, "revision": revision or None}
+
+
 class _Writer:
     """Collects the factors of an adapter, tensor by tensor."""
 
@@ -209,10 +220,9 @@ class _Writer:
 
     def config(self) -> dict[str, Any]:
         """Return the adapter's config as peft writes it; alpha = rank, so that s = 1."""
-        base, _, revision = self._recipe.base.source.partition("@")
         return {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
-            "base_model_name_or_path": base, "revision": revision or None,
+            **named_base(self._recipe),
             "r": self._rank, "lora_alpha": self._rank, "lora_dropout": 0.0, "bias": "none",
             "target_modules": sorted(self._targets), "fan_in_fan_out": self._turned,
             "init_lora_weights": True, "use_rslora": False, "use_dora": False,

@@ -83,6 +83,7 @@ def _config(recipe: Recipe, layout: Layout, sources: Mapping[str, str]) -> dict[
         )
     if recipe.method not in _SAME:
         raise _InexpressibleError(f"mergekit's {recipe.method} differs, or it has none")
+    _require_plain_names(sources, sources[recipe.base.name])
     if recipe.method == "ties":
         _require_plain_ties(recipe)
     if recipe.method == "sce":
@@ -121,6 +122,18 @@ def _config(recipe: Recipe, layout: Layout, sources: Mapping[str, str]) -> dict[
     if _DTYPES[recipe.dtype] != config["dtype"]:
         config["out_dtype"] = _DTYPES[recipe.dtype]
     return config
+
+
+def _require_plain_names(sources: Mapping[str, str], base: str) -> None:
+    """Refuse names in which mergekit would see an adapter or a revision that is none."""
+    for source in sources.values():
+        adapter = source.removeprefix(f"{base}+")
+        for name in (source,) if adapter == source else (base, adapter):
+            directory = name.startswith("./")
+            if "+" in name or "/" not in name or (directory and "@" in name):
+                raise _InexpressibleError(
+                    f"mergekit takes what follows + or @ in {source} for an adapter or a revision"
+                )
 
 
 def _geometry_tables(

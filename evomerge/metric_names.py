@@ -23,8 +23,8 @@ def metric_name(name: str) -> str:
     """Return ``name`` with everything that MLflow refuses replaced or left out."""
     clean = re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
     clean = re.sub(r"\.{2,}", ".", clean)
-    parts = [part for part in clean.split("/") if part not in ("", ".")]
-    return "/".join(parts).strip("/ ") or "_"
+    parts = [part for part in clean.split("/") if part.strip() not in ("", ".")]
+    return "/".join(parts).strip() or "_"
 
 
 def objective_metrics(objectives: Sequence[Objective]) -> tuple[str, ...]:
@@ -46,7 +46,7 @@ def renamed(objectives: Sequence[Objective]) -> dict[str, str]:
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     found: list[str] = []
     for name in names:
-        clean = metric_name(name)[:_CHARACTERS].rstrip("/ ")
+        clean = metric_name(metric_name(name)[:_CHARACTERS])
         family, slash, _ = clean.partition("/")
         if clean in TAKEN or (slash and family in FAMILIES):
             clean = f"objective {clean}"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
+from evomerge.front_table import cell
 from evomerge.licences import Licence
 from evomerge.recipe import Recipe
 from evomerge.trial import Direction, Evaluation, Objective
@@ -171,7 +172,7 @@ def _link(source: str) -> str:
 
 def _scores(facts: CardFacts) -> str:
     names = [
-        one.name + (" (less is better)" if one.direction is Direction.MINIMIZE else "")
+        cell(one.name) + (" (less is better)" if one.direction is Direction.MINIMIZE else "")
         for one in facts.objectives
     ]
     head = f"| {' | '.join(['', *names])} |\n|---|{'---:|' * len(names)}\n"

@@ -13,6 +13,8 @@ from evomerge.recipe import Recipe
 
 #: How far below a folder models are looked for: owner/name/revision, and one more.
 _DEPTH = 4
+#: One of these makes a directory a model.
+_CONFIGS = frozenset({"config.json", "adapter_config.json"})
 
 
 def find_models(recipe: Recipe, folders: Sequence[Path], base: str | None = None) -> dict[str, str]:
@@ -69,12 +71,18 @@ def _fingerprint(directory: Path) -> str:
 
 
 def _model_directories(folder: Path) -> Iterator[Path]:
-    """Yield the directories with a model at ``folder`` and below it, in order of their names."""
+    """Yield the directories with a model at ``folder`` and below it, in order of their names.
+
+    A link to a model counts; other links are not followed.
+    """
     root = len(folder.parts)
     for path, inside, files in os.walk(folder):
         directory = Path(path)
         inside[:] = sorted(name for name in inside if not name.startswith("."))
         if len(directory.parts) - root >= _DEPTH:
             inside.clear()
-        if {"config.json", "adapter_config.json"} & set(files):
+        if _CONFIGS & set(files):
             yield directory
+        for link in (directory / name for name in inside):
+            if link.is_symlink() and any(os.access(link / name, os.R_OK) for name in _CONFIGS):
+                yield link

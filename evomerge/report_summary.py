@@ -5,7 +5,7 @@ from __future__ import annotations
 from evomerge.comparison_rows import COMPARISON_HEADER, comparison_note, overview_rows
 from evomerge.estimate_audits import distrust
 from evomerge.front_page import summary
-from evomerge.front_table import front_markdown
+from evomerge.front_table import cell, front_markdown
 from evomerge.item_comparison import Comparison, compare_trials, rivals_of
 from evomerge.presentation import export_command, project, study_name
 from evomerge.redaction import redacted
@@ -39,7 +39,8 @@ def report_markdown(view: StudyView) -> str:
             f"### What {found.names[found.first]} gains", "",
             f"| {' | '.join(header)} |",
             "|---|---|" + "---:|" * (len(header) - 2),
-            *(f"| {' | '.join(row)} |".replace("*", r"\*") for row in overview_rows(found)),
+            *(f"| {' | '.join(map(cell, row))} |".replace("*", r"\*")
+              for row in overview_rows(found)),
             "",
             comparison_note(found).replace("*", r"\*"), "",
         ]  # fmt: skip

@@ -28,10 +28,10 @@ def directory_of(text: str, overrides: tuple[str, ...] = ()) -> Path:
         if path.name == STUDY_FILE and (path.parent / "journal.jsonl").exists():
             _no_overrides(text, overrides)
             return path.parent
-        from evomerge.config import load
-        from evomerge.prepare import study_directory
+        from evomerge.config import load_place
+        from evomerge.examination import study_directory
 
-        return study_directory(load(path, overrides), path.resolve().parent)
+        return study_directory(load_place(path, overrides), path.resolve().parent)
     if (path / "journal.jsonl").exists():
         _no_overrides(text, overrides)
         return path

@@ -32,6 +32,27 @@ def method_of(file: StudyFile) -> Method:
     return METHODS[name]
 
 
+def require_space(file: StudyFile, known: bool) -> None:
+    """Refuse what is wrong with the space whoever the experts are.
+
+    Args:
+        file: the study file.
+        known: the method is the user's.
+
+    Raises:
+        InputError: every problem.
+    """
+    problems = _form_problems(file)
+    try:
+        if known:
+            method = method_of(file)
+            problems += [*_partition_problem(file, method), *_option_problems(file, method)]
+    except InputError as error:
+        problems.insert(0, str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+
+
 def columns_of(file: StudyFile) -> dict[str, float | Range]:
     """Return the columns of the table: searched ranges and fixed numbers.
 
@@ -120,8 +141,10 @@ def _require_order(name: str, value: RangeSection) -> None:
 def _experts_problem(method: Method, count: int) -> list[str]:
     low, high = method.experts
     if count < low or (high is not None and count > high):
-        limit = f"{low} to {high}" if high is not None else f"at least {low}"
-        return [f"models.experts: {method.name} takes {limit} experts, got {count}"]
+        most = f"{low} to {high}" if low != high else f"{low}"
+        limit = f"at least {low}" if high is None else most
+        some = "expert" if limit == "1" else "experts"
+        return [f"models.experts: {method.name} takes {limit} {some}, got {count}"]
     return []
 
 

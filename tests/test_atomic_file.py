@@ -150,6 +150,22 @@ def test_links_and_permissions_stay(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "made.txt").stat().st_mode) == 0o640
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can write what another user owns")
+def test_root_took_the_files_of_users_over(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    os.chown(path, 12345, 54321)
+    write_text(path, "new", "--out")
+    assert (path.stat().st_uid, path.stat().st_gid) == (12345, 54321)
+
+
+def test_a_link_to_nowhere_blamed_the_folder_that_is_there(tmp_path: Path) -> None:
+    link = tmp_path / "report.html"
+    link.symlink_to(tmp_path / "gone" / "report.html")
+    with pytest.raises(InputError, match=rf"there is no folder {tmp_path}/gone \("):
+        write_text(link, "text", "--out")
+
+
 def test_what_is_no_file_is_written_as_it_is(tmp_path: Path) -> None:
     write_text(Path("/dev/null"), "text", "--out")
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from lora_adapters import MODULES, save_adapters
 
 from evomerge.factor_adapter import adapter_bytes, write_factors
+from evomerge.lora import write_lora
 from evomerge.merge.factor_sources import forms_of
 from evomerge.merge.writer import write_checkpoint
 from evomerge.models import Models, open_models
@@ -122,3 +125,27 @@ def test_peft_gives_the_logits_of_the_merge(
     moved = (plain - whole).abs().max().item()
     assert moved > 1e-3
     assert (found - whole).abs().max().item() < 1e-4 * max(moved, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("source", "base", "revision"),
+    [
+        ("owner/base@" + "ab" * 20, "owner/base", "ab" * 20),
+        ("owner/base", "owner/base", None),
+        ("./me@work/base", "./me@work/base", None),
+    ],
+)
+def test_merged_factors_name_their_base_as_other_adapters_do(
+    tmp_path: Path, save_llama: Callable[..., Path], source: str, base: str, revision: str | None
+) -> None:
+    """The commit was dropped, and so was the rest of a directory behind an ``@``."""
+    _, models = repository(tmp_path, save_llama, "llama")
+    recipe = recipe_of(models)
+    recipe = replace(recipe, base=replace(recipe.base, source=source))
+    for name in ("factors", "nearest"):
+        (tmp_path / name).mkdir()
+    write_factors(recipe, models, tmp_path / "factors")
+    write_lora(recipe, models, 2, tmp_path / "nearest")
+    for name in ("factors", "nearest"):
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == (base, revision)

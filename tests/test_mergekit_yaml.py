@@ -225,3 +225,25 @@ def test_an_unknown_method_is_a_reason_not_an_error() -> None:
     layout = llama()
     made = replace(recipe(layout, "linear", "model"), method="own_method")
     assert mergekit_config(made, layout, SOURCES).reason == "mergekit has no method 'own_method'"
+
+
+@pytest.mark.parametrize(
+    ("sources", "refused"),
+    [
+        ({"one": "./base+owner/two@main"}, ""),  # an adapter on the base
+        ({"one": "./base+./one"}, ""),
+        ({"one": "./code+math"}, "./code+math"),
+        ({"one": "./base+math"}, "./base+math"),  # beside ./base, and no adapter on it
+        ({"one": "./me@work/one"}, "./me@work/one"),
+        ({"base": "./b+c"}, "./b+c"),
+        ({"one": "./base+./a@b"}, "./base+./a@b"),
+    ],
+)
+def test_a_directory_that_mergekit_takes_for_something_else(
+    sources: dict[str, str], refused: str
+) -> None:
+    """``./code+math`` was written down: mergekit reads the model ./code with an adapter on it."""
+    layout = llama()
+    found = mergekit_config(recipe(layout, "linear", "model"), layout, {**SOURCES, **sources})
+    assert (found.text is None) == bool(refused)
+    assert f"follows + or @ in {refused} for" in found.reason or not refused

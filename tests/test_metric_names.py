@@ -110,6 +110,16 @@ def test_mlflow_takes_them() -> None:
         _validate_metric_name(metric_name(name))
 
 
+def test_one_refused_name_would_lose_all_points_of_its_trial() -> None:
+    """Blanks beside a dot, and a cut behind one, left a part that MLflow takes for a path."""
+    from mlflow.utils.validation import _validate_metric_name
+
+    for name in (". ", " ./a", "a/. ", ". /", " . /b", "a/ /b", f"{'a' * 199}/.x"):
+        [shown] = objective_metrics([Objective(name)])
+        for whole in (shown, f"best/{shown}", metric_name(f"seconds/{name}")):
+            _validate_metric_name(whole)
+
+
 def test_the_description_says_how_they_are_named(view: StudyView) -> None:
     note = study_note(project(under(view, "front", "b")), "abc", "#/pareto")
     assert "The objective `front` is the metric `objective front`." in note

@@ -135,6 +135,19 @@ pool: {workers: 0}
                 "models.experts.code: no such directory",
             ],
         ),
+        (  # a folder that is not there hid the method, and what is wrong in form
+            "models: {base: models/gone, experts: nowhere}\n"
+            "space: {method: tiess, partition: layrs, parameters: {weight: {low: 0, high: 1}}}\n"
+            "baselines: {experts: [math]}\n"
+            f"fitness: {{tasks: [pick_a], include_path: fitness, items: {ITEMS}}}\nbuget: 3\n",
+            [
+                "models.experts: no such folder: nowhere",
+                "buget: unknown key",
+                "space.method: unknown 'tiess'",
+                "space.partition: unknown 'layrs'",
+                "models.base: no such directory",
+            ],
+        ),
         (
             "models: {base: models/base, experts: {math: models/math}}\n"
             "search: {trials: null, x: 1}\n"

@@ -181,3 +181,17 @@ class TestChart:
     def test_nothing_and_equal_values(self) -> None:
         assert line_chart("x", [None, None], 0, None) == ""
         assert "nan" not in line_chart("x", [0.0, 0.0], 0, None)
+
+
+def test_a_bar_in_a_name_broke_the_tables_in_markdown(view: StudyView) -> None:
+    names = [f"arc|{number}" for number in range(len(view.objectives))]
+    pairs = zip(view.objectives, names, strict=True)
+    renamed = replace(view, objectives=tuple(replace(one, name=name) for one, name in pairs))
+    lines = report_markdown(renamed).splitlines()
+    heads = [number for number, line in enumerate(lines) if line.startswith("|---")]
+    assert len(heads) == 2
+    for head in heads:
+        for line in lines[head - 1 :]:
+            if not line.startswith("|"):
+                break
+            assert len(re.findall(r"(?<!\\)\|", line)) == lines[head].count("|"), line

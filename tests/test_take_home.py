@@ -505,6 +505,20 @@ class TestAgain:
             assert (tmp_path / "m" / name).read_bytes() == (merged.out / name).read_bytes()
         assert verify_digests(tmp_path / "m").equal
 
+    def test_a_folder_of_links_to_models_was_empty(
+        self, tmp_path: Path, project: Path, view: StudyView, mixed: int
+    ) -> None:
+        """A study takes such a folder as its experts; a ring of links must not be walked."""
+        store = tmp_path / "store"
+        (store / "deep").mkdir(parents=True)
+        for name, source in (("b", "base"), ("x", "math"), ("deep/y", "code")):
+            (store / name).symlink_to(project / "models" / source)
+        (store / "ring").symlink_to(store)
+        (store / "nowhere").symlink_to(tmp_path / "gone")
+        assert find_models(view.trial(mixed).recipe, [store]) == {
+            "base": str(store / "b"), "math": str(store / "x"), "code": str(store / "deep/y"),
+        }  # fmt: skip
+
     def test_an_adapter_is_found_beside_its_base(
         self, tmp_path: Path, project: Path, view: StudyView, mixed: int
     ) -> None:
