@@ -43,36 +43,18 @@ def experts_in(folder: str, root: Path) -> tuple[dict[str, str], list[str]]:
     """
     try:
         path = root / Path(folder).expanduser()
-<<<<<<< HEAD
         # An empty path would be the folder of the study file itself.
-        found = sorted(path.iterdir()) if folder.strip() and path.is_dir() else None
-    except (OSError, RuntimeError, ValueError) as error:  # closed, too long, unknown ~user, NUL
-        reason = error.strerror if isinstance(error, OSError) else error
-        return {}, [f"models.experts: {folder!r} cannot be read: {reason}"]
-    if found is None:
-        return {}, [
-            f"models.experts: no such folder: {folder} (a folder whose subfolders are the "
-            "experts, or a mapping of names to models)"
-        ]
-    inside = [one for one in found if one.name[0] != "." and not one.is_file()]
-    problems = [
-        f"models.experts: {folder.rstrip('/')}/{one.name} is no model: it has neither "
-        f"{' nor '.join(_CONFIGS)} (move it out of the folder, or list the experts by name)"
-        for one in inside
-        if not any((one / name).is_file() for name in _CONFIGS)
-    ]
-=======
         if not folder.strip() or not path.is_dir():
             return {}, [
                 f"models.experts: no such folder: {folder or repr(folder)} (a folder whose "
                 "subfolders are the experts, or a mapping of names to models)"
             ]
-        inside = sorted(one for one in path.iterdir() if one.is_dir() and one.name[0] != ".")
+        found = sorted(path.iterdir())
+        inside = [one for one in found if one.name[0] != "." and not one.is_file()]
         others = [one for one in inside if not any((one / n).is_file() for n in _CONFIGS)]
-    except (OSError, RuntimeError) as error:  # unreadable, a name too long, an unknown ~user
+    except (OSError, RuntimeError, ValueError) as error:  # closed, too long, unknown ~user, NUL
         reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
         return {}, [f"models.experts: {folder}: cannot be read: {reason} (give another folder)"]
->>>>>>> work-c
     if not inside:
         return {}, [f"models.experts: {folder} has no subfolders (each is to be an expert)"]
     start = folder.rstrip("/") + "/"

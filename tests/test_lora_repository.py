@@ -21,7 +21,6 @@ from tiny_project import tiny_project
 from evomerge import cli
 from evomerge.config import StudyFile, load
 from evomerge.errors import StudyFileError
-from evomerge.expert_folder import experts_in
 from evomerge.journal import JOURNAL
 from evomerge.merge.engine import Engine
 from evomerge.merge.merger import Merger, alone, models_of
@@ -122,32 +121,6 @@ class TestStudyFile:
         shutil.rmtree(tmp_path / "adapters" / "half")
         with pytest.raises(StudyFileError, match=r"models\.experts.*v1\.5.*use letters"):
             load(path)
-
-    def test_a_folder_that_cannot_be_read_is_a_problem(self, tmp_path: Path) -> None:
-        """An unknown user was a traceback, and no path the folder of the file, read as /."""
-        for folder, said in (
-            ("~nobody-here/adapters", "'~nobody-here/adapters' cannot be read: Could not deter"),
-            ("x" * 300, "cannot be read: File name too long"),
-            ("''", "no such folder:  (a folder whose"),
-        ):
-            (tmp_path / "study.yaml").write_text(
-                f"models: {{base: b, experts: {folder}}}\nfitness: {{tasks: [t]}}\n"
-            )
-            with pytest.raises(StudyFileError) as caught:
-                load(tmp_path / "study.yaml")
-            assert said in str(caught.value)
-
-    def test_a_link_to_nowhere_is_no_file_that_is_passed_over(self, tmp_path: Path) -> None:
-        """Its adapter was missing from the study, and nothing said so."""
-        save_adapter(tmp_path / "adapters/one", 1)
-        (tmp_path / "adapters/two").symlink_to(tmp_path / "moved")
-        found, problems = experts_in("adapters", tmp_path)
-        assert list(found) == ["one", "two"]
-        assert len(problems) == 1
-        assert "adapters/two is no model" in problems[0]
-        (tmp_path / "adapters/two").unlink()
-        (tmp_path / "adapters/two").symlink_to(save_adapter(tmp_path / "elsewhere", 2))
-        assert experts_in("adapters", tmp_path)[1] == []
 
     def test_every_problem_is_reported_before_any_weight_is_read(
         self, project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
