@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,15 @@ _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def is_adapter(directory: Path) -> bool:
-    """Tell whether a directory holds a peft adapter and no full checkpoint."""
-    full = ("config.json", "model.safetensors", "model.safetensors.index.json")
-    return (directory / _CONFIG).exists() and not any((directory / name).exists() for name in full)
+    """Tell whether a directory holds a peft adapter and no full checkpoint.
+
+    A ``config.json`` beside the weights of an adapter alone is a trainer's copy of the base's.
+    """
+    if not (directory / _CONFIG).exists():
+        return False
+    if any(any(directory.glob(names)) for names in ("model*.safetensors*", "pytorch_model*")):
+        return False
+    return (directory / _WEIGHTS).exists() or not (directory / "config.json").exists()
 
 
 def made_for(directory: Path, where: str) -> tuple[str, str]:
@@ -351,6 +357,8 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int, where: str) -> f
     try:
         expected = int(_pattern_value(config.get("rank_pattern"), module, config["r"]))
         alpha = float(_pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"]))
+        if not isfinite(alpha):  # JSON in Python has NaN and Infinity
+            raise ValueError(f"lora_alpha is {alpha}")
     except (KeyError, TypeError, ValueError, re.error) as error:
         raise ModelError(f"{where}: {_CONFIG}: no valid r and lora_alpha ({error})") from error
     if expected != rank or rank == 0:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 
 from evomerge.checkpoint import ITEM_BYTES
 from evomerge.config import PoolSection
 from evomerge.memory import available_bytes, gpu_bytes, neighbours
-from evomerge.merge.factor_sources import stored_bytes
+from evomerge.merge.factor_sources import factor_bytes, stored_bytes
 from evomerge.merge.residency import Needs, Residency, Room, choose, gigabytes
 from evomerge.models import Models
 
@@ -130,6 +133,33 @@ def capacity_warnings(pool: PoolSection, models: Models, dtype: str) -> list[str
             "(use fewer workers, or a smaller space.dtype)"
         )
     return warnings
+
+
+def temporary_warnings(pool: PoolSection, models: Models, trims: bool) -> list[str]:
+    """Return whether what workers write into temporary files fits this machine's disk.
+
+    Args:
+        pool: where trials run.
+        models: that every worker opens.
+        trims: adapters merged as factors are trimmed, for which their magnitudes are sorted.
+    """
+    if pool.kind == "ray" and os.environ.get("RAY_ADDRESS"):
+        return []
+    workers = pool.workers if pool.kind == "ray" else 1
+    folds = [fold for expert in models.experts for fold in expert.folds.values()]
+    if models.factored:
+        what, each = "sorted magnitudes of the adapters", trims * factor_bytes(models, "a")
+    else:
+        what, each = "folded adapters", sum(4 * math.prod(fold.base.shape) for fold in folds)
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if workers * each <= free:
+        return []
+    return [
+        f"pool.workers: {workers} worker{'s' * (workers != 1)} will write {each / 1e9:.2f} GB each "
+        f"({what}) to {folder}, where {free / 1e9:.2f} GB are free (set TMPDIR to a larger disk, "
+        "or use fewer workers)"
+    ]
 
 
 def _gpu_warnings(pool: PoolSection, workers: int) -> list[str]:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evomerge.errors import ModelError, SetupError
+from evomerge.file_map import map_file
 
 if TYPE_CHECKING:
     from evomerge.low_rank import LowRank
@@ -70,12 +71,19 @@ class TensorEntry:
     stop: int
 
     def read(self) -> npt.NDArray[Any]:
-        """Return the tensor's bits as a flat read-only memory map."""
+        """Return the tensor's bits, flat and read-only: a view of the shard's memory map.
+
+        Raises:
+            ModelError: the file is not the one that was opened.
+            SetupError: this process may open no more files.
+        """
         dtype = np.dtype(MERGEABLE.get(self.dtype, np.uint8))
-        count = (self.stop - self.start) // dtype.itemsize
-        if count == 0:
+        if self.start == self.stop:
             return np.empty(0, dtype)
-        return np.memmap(self.shard, dtype=dtype, mode="r", offset=self.start, shape=(count,))
+        raw = map_file(self.shard)[self.start : self.stop]
+        if len(raw) < self.stop - self.start:
+            raise ModelError(f"{self.shard}: became shorter since it was opened (start again)")
+        return raw.view(dtype)
 
     def values(self) -> npt.NDArray[np.float32]:
         """Return the tensor as float32, in its shape."""

@@ -421,6 +421,8 @@ def _message(item: Any) -> str:
         message = (
             f"use {letters}, digits, '-' and '_' (at most 63, starting with a letter or digit)"
         )
+    elif item["loc"][:2] == ("baselines", "experts") and item["type"] == "literal_error":
+        message = "must be auto, all, how many of them (0 or more), or a list of their names"
     elif item["type"] in _NOT_A_MAPPING:
         message = _MAPPINGS.get(str(item.get("ctx", {}).get("class_name")), "must be a mapping")
     value = item.get("input")

@@ -14,7 +14,8 @@ where its evidence reaches, else the plain mean of all search items. The figures
   searches had no checks: with five in 100 trials on 1,020 items 60 save 5.2 and 20 save 6.2.
 * From how many search items on: at 200 an estimated trial costs a third of a full one, checks
   counted; below, endpoints and finalists leave too little to save.
-* With one expert nothing was measured: items by task, at random where an objective is one task.
+* With one expert that is scored alone nothing was measured: items by task, at random where an
+  objective is one task.
 * Checks: every 20th trial is scored in full, more often in short searches, so that there are the
   five that a verdict on the estimate needs (``fitness.irt.trust``); with fewer than 25 trials, or
   a budget of items that buys fewer, they would be over a fifth of the search, which is then scored
@@ -33,11 +34,12 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.config import StudyFile
-from evomerge.economy_sections import EstimatorSection
+from evomerge.economy_sections import BY_ITEMS, EstimatorSection
 from evomerge.errors import StorageError
 from evomerge.fitness.composite import Composite
 from evomerge.fitness.splits import ItemSplit
 from evomerge.journal import JOURNAL
+from evomerge.study_space import scored_alone
 from evomerge.study_view import StudyView
 
 ITEMS = 60
@@ -45,8 +47,6 @@ ITEMS = 60
 FEWEST_ITEMS, FEWEST_TRIALS = 200, 25
 #: Trials between two that are scored in full; and how many of these a search should have.
 FULL_EVERY, CHECKS = 20, 5
-#: Searchers that learn from the items and not from the value alone.
-_BY_ITEMS = ("m2n2",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def choose(file: StudyFile, fitness: Composite, splits: Sequence[ItemSplit]) -> 
     groups = any(aggregate.strata for aggregate in fitness.aggregates)
     design, drawn = ("stratified", "by task") if groups else ("random", "at random")
     known = "with one expert it was not measured"
-    if len(file.models.experts) > 1:
+    if len(scored_alone(file)) > 1:
         design, drawn = "value_optimal_margins", "that tell most"
         known = "on the demo's merges such searches found what full ones did or better"
     section = EstimatorSection(name="soft_reg", items=ITEMS, design=design, full_every=every)  # type: ignore[call-arg]
@@ -132,13 +132,15 @@ def _otherwise(file: StudyFile, every: int) -> str:
         return "fitness.items.policy: resampled chooses them"
     if file.search.racing is not None:
         return "search.racing saves items already; both together were not measured"
-    if file.search.searcher in _BY_ITEMS:
+    if file.search.searcher in BY_ITEMS:
         return f"{file.search.searcher} learns from single items"
     if file.search.trials is not None and file.search.trials < FEWEST_TRIALS:
         return (
             f"{file.search.trials} trials; an estimate is taken from {FEWEST_TRIALS}, because "
             f"{CHECKS} of them check it"
         )
+    if not scored_alone(file):
+        return "no expert is scored alone (baselines.experts), of which it could learn"
     if not every:
         return (
             f"{file.search.items:,} item evaluations buy fewer than {FEWEST_TRIALS} trials, "

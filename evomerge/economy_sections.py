@@ -9,6 +9,9 @@ from pydantic_core import PydanticCustomError
 
 from evomerge.objective_sections import ItemsSection, Section
 
+#: Searchers that learn from the items and not from the value alone.
+BY_ITEMS = ("m2n2",)
+
 
 class SearchItemsSection(ItemsSection):
     """How many items of each task go where, and which of them a trial is scored on."""

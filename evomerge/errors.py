@@ -115,10 +115,19 @@ class Interrupted(BaseException):
         super().__init__(message)
 
 
+#: Words that are all listed: more than there are searchers or methods.
+_LISTED = 60
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)`` or the list of valid words, for error messages."""
+    """Return `` (did you mean 'x'?)`` or the list of valid words, for error messages.
+
+    Of more words than fit a few lines the first, and how many more there are.
+    """
     choices = sorted(known)
     near = get_close_matches(word, choices, n=1, cutoff=0.6)
     if near:
         return f" (did you mean {near[0]!r}?)"
-    return f" (choose from: {', '.join(choices)})"
+    shown = choices if len(choices) <= _LISTED else choices[: _LISTED // 3]
+    more = len(choices) - len(shown)
+    return f" (choose from: {', '.join(shown)}{f' and {more} more' if more else ''})"

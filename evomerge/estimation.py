@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from evomerge.config import StudyFile
-from evomerge.economy_sections import EstimatorSection
+from evomerge.economy_sections import BY_ITEMS, EstimatorSection
 from evomerge.errors import InputError, suggest
 from evomerge.estimate import Answers, Endpoint, Estimate, Estimation, Estimator
 from evomerge.fitness.aggregate import Aggregate, MeanEstimator
@@ -22,6 +22,7 @@ from evomerge.fitness.irt.estimators import ESTIMATORS, NEEDS, SubsetEstimator
 from evomerge.fitness.irt.population import Design, Endpoints, Population
 from evomerge.fitness.measures import MEASURES
 from evomerge.items import drawn
+from evomerge.study_space import scored_alone
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,11 @@ def estimation(file: StudyFile, root: Path, fitness: Composite) -> Estimation | 
             f"refresh: {section.refresh}: {section.design} items are not drawn, so that another "
             f"choice would be nearly the same one (take refresh: never, or a design of {others})"
         )
+    if section.refresh != "never" and file.search.searcher in BY_ITEMS:
+        problems.append(
+            f"refresh: {section.refresh}: {file.search.searcher} compares merges item by item, so "
+            "that all must have the same ones (take refresh: never, or another searcher)"
+        )
     banks: dict[int, ItemBank] = {}
     for name, path in section.banks.items():
         if name not in names:
@@ -70,6 +76,11 @@ def estimation(file: StudyFile, root: Path, fitness: Composite) -> Estimation | 
         if _needs_margins(section.name, section.design):
             graded = tuple(not reason for reason in fitness.ungraded)
         problems += _unfit(section, fitness, len(file.fitness.tasks))
+    if not scored_alone(file) and not section.calibration:
+        problems.append(
+            f"name: {section.name} learns from models that are scored before the search, and "
+            "baselines.experts leaves out every expert (name one, or set calibration)"
+        )
     if problems:
         raise InputError("\n".join(f"fitness.estimator.{problem}" for problem in problems))
     return Estimation(

@@ -35,7 +35,7 @@ def list_experts(data: dict[str, Any], root: Path) -> list[str]:
 def experts_in(folder: str, root: Path) -> tuple[dict[str, str], list[str]]:
     """Return name and path of every model in a folder, by name, and what is wrong with it.
 
-    Files and hidden folders are passed over; any other folder must be a model.
+    Files and hidden folders are passed over; all else must be a model, links to nowhere included.
 
     Args:
         folder: as the user wrote it.
@@ -43,14 +43,16 @@ def experts_in(folder: str, root: Path) -> tuple[dict[str, str], list[str]]:
     """
     try:
         path = root / Path(folder).expanduser()
+        # An empty path would be the folder of the study file itself.
         if not folder.strip() or not path.is_dir():
             return {}, [
                 f"models.experts: no such folder: {folder or repr(folder)} (a folder whose "
                 "subfolders are the experts, or a mapping of names to models)"
             ]
-        inside = sorted(one for one in path.iterdir() if one.is_dir() and one.name[0] != ".")
+        found = sorted(path.iterdir())
+        inside = [one for one in found if one.name[0] != "." and not one.is_file()]
         others = [one for one in inside if not any((one / n).is_file() for n in _CONFIGS)]
-    except (OSError, RuntimeError) as error:  # unreadable, a name too long, an unknown ~user
+    except (OSError, RuntimeError, ValueError) as error:  # closed, too long, unknown ~user, NUL
         reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
         return {}, [f"models.experts: {folder}: cannot be read: {reason} (give another folder)"]
     if not inside:

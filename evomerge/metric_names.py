@@ -12,8 +12,8 @@ from evomerge.trial import Objective
 TAKEN = frozenset({"front", "items", "violation", "hypervolume"})
 #: What stands before the slash in the names of the others.
 FAMILIES = frozenset(
-    {"standard_error", "seconds", "validation", "test", "best", "audit", "trials", "items",
-     "system"}
+    {"standard_error", "subset_mean", "seconds", "validation", "test", "best", "audit", "trials",
+     "items", "system"}
 )  # fmt: skip
 #: MLflow takes 250; the families stand before an objective's name.
 _CHARACTERS = 200

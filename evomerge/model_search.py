@@ -6,10 +6,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from evomerge.adapter import is_adapter
+from evomerge.adapter import is_adapter, open_adapter
 from evomerge.checkpoint import open_checkpoint
-from evomerge.errors import InputError, ModelError
-from evomerge.models import open_models
+from evomerge.errors import InputError, ModelError, SetupError
 from evomerge.recipe import Recipe
 
 #: How far below a folder models are looked for: owner/name/revision, and one more.
@@ -18,7 +17,7 @@ _DEPTH = 4
 _CONFIGS = frozenset({"config.json", "adapter_config.json"})
 
 
-def find_models(recipe: Recipe, folders: Sequence[Path]) -> dict[str, str]:
+def find_models(recipe: Recipe, folders: Sequence[Path], base: str | None = None) -> dict[str, str]:
     """Return the directories of those models of a recipe that lie below ``folders``.
 
     A model is known by the digest of its weights that the recipe holds, whatever its directory is
@@ -27,6 +26,8 @@ def find_models(recipe: Recipe, folders: Sequence[Path]) -> dict[str, str]:
     Args:
         recipe: names the models and their digests.
         folders: to look below.
+        base: directory or hub id of the base, where it may be elsewhere: adapters are known
+            together with their base only.
 
     Raises:
         InputError: a folder does not exist.
@@ -43,12 +44,17 @@ def find_models(recipe: Recipe, folders: Sequence[Path]) -> dict[str, str]:
         if not is_adapter(directory):
             for name in wanted.get(_fingerprint(directory), ()):
                 found.setdefault(name, str(directory))
-    base = found.get(recipe.base.name)
-    adapters = [one for one in candidates if is_adapter(one)] if base else []
+    adapters = [one for one in candidates if is_adapter(one)]
+    base = found.get(recipe.base.name, base)
+    if not adapters or base is None:
+        return found
+    try:
+        origin = open_checkpoint(base, "base", "base")
+    except (ModelError, SetupError):  # whoever needs the base says so
+        return found
     for directory in adapters:
-        assert base is not None
-        try:  # an adapter is known together with its base only
-            [expert] = open_models(base, [("adapter", str(directory))]).experts
+        try:
+            expert = open_adapter(str(directory), directory, "adapter", origin, str(directory))
         except ModelError:
             continue
         for name in wanted.get(expert.fingerprint, ()):

@@ -133,7 +133,7 @@ def merge_recipe(
     recipe = read_recipe(path)
     if dtype is not None:
         recipe = replace(recipe, dtype=dtype)
-    sources = find_sources(recipe, path, {**find_models(recipe, folders), **overrides})
+    sources = find_sources(recipe, path, known_models(recipe, path, folders, overrides))
     require_free(out)
     started = time.perf_counter()
     models = open_models(
@@ -198,6 +198,24 @@ def _in_file(path: Path, error: RecipeError) -> RecipeError:
     lines = str(error).splitlines()
     named = (line if line.startswith(f"{path}: ") else f"{path}: {line}" for line in lines)
     return RecipeError("\n".join(named))
+
+
+def known_models(
+    recipe: Recipe, path: Path, folders: Sequence[Path], overrides: Mapping[str, str]
+) -> dict[str, str]:
+    """Return sources by model name: those found below ``folders``, and ``overrides`` before them.
+
+    Args:
+        recipe: names the models and their digests.
+        path: of its file; relative sources in it start from its folder.
+        folders: to look below.
+        overrides: by model name; relative ones start from the current folder.
+
+    Raises:
+        InputError: a folder does not exist.
+    """
+    base = overrides.get(recipe.base.name, _beside(recipe.base, path))
+    return {**find_models(recipe, folders, base), **overrides}
 
 
 def find_sources(recipe: Recipe, path: Path, overrides: Mapping[str, str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from evomerge.advice import adapter_warnings, study_warnings
-from evomerge.capacity import MemoryEstimate, capacity_warnings
+from evomerge.capacity import MemoryEstimate, capacity_warnings, temporary_warnings
 from evomerge.config import StudyFile
 from evomerge.direction_grams import direction_grams
 from evomerge.economy import planned_trials, wants_margins
@@ -196,7 +196,11 @@ def prepare(file: StudyFile, path: Path, progress: Progress = lambda done, total
     assert space is not None
     assert found.start is not None
     assert found.memory is not None
+    assert found.columns is not None
     start, averaged = found.start
+    trims = any(
+        name.startswith("density.") and column != 1.0 for name, column in found.columns.items()
+    )
     return Prepared(
         file=file,
         root=root,
@@ -215,6 +219,7 @@ def prepare(file: StudyFile, path: Path, progress: Progress = lambda done, total
             *averaged,
             *baseline_warnings(file),
             *capacity_warnings(file.pool, models, space.dtype),
+            *temporary_warnings(file.pool, models, trims),
             *adapter_warnings(models),
         ),
         estimate=found.estimate,

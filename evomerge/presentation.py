@@ -79,6 +79,7 @@ def project(view: StudyView, series: Series | None = None, pages: bool = True) -
         gains=tuple(gains(view)) if pages else (),
         rivals=_rivals(view),
         arrived={number: int(seconds * 1000) for number, seconds in view.times.items()},
+        subset_means=view.subset_means,
         began=int(view.history.opened["t"] * 1000) if view.history.opened else 0,
         milliseconds=int(view.history.latest * 1000),
     )

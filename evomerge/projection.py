@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -57,6 +57,7 @@ class Projection:
         gains: of the recommended merge over each baseline; empty before the end.
         rivals: the baselines in ``gains`` that a reader wants first.
         arrived: unix milliseconds at which each trial's result arrived, by number.
+        subset_means: plain mean of each objective's scored items [m], by trial that was estimated.
         began: unix milliseconds at which the study was begun.
         milliseconds: unix time at which the study stood so.
     """
@@ -73,6 +74,7 @@ class Projection:
     gains: tuple[Gain, ...] = ()
     rivals: tuple[str, ...] = ()
     arrived: Mapping[int, int] = field(default_factory=dict)
+    subset_means: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     began: int = 0
     milliseconds: int = 0
 
@@ -98,14 +100,25 @@ def trial_tags(trial: Trial, point: FrontPoint | None, knee: int | None) -> dict
     return {key: value for key, value in tags.items() if value}
 
 
-def trial_metrics(trial: Trial, point: FrontPoint | None, front: FrontData) -> dict[str, float]:
-    """Return the numbers by which MLflow's tables and charts rank and draw trials."""
+def trial_metrics(
+    trial: Trial, point: FrontPoint | None, front: FrontData, subset_means: Sequence[float] = ()
+) -> dict[str, float]:
+    """Return the numbers by which MLflow's tables and charts rank and draw trials.
+
+    Args:
+        trial: one of the study.
+        point: its place on the front's picture, where it has one.
+        front: the picture, for the objectives.
+        subset_means: of an estimated trial: the plain mean of each objective's items [m].
+    """
     metrics: dict[str, float] = {}
     names = objective_metrics(front.objectives)
     if trial.evaluation is not None:
         for name, score in zip(names, trial.evaluation.scores, strict=True):
             metrics[name] = score.value
             metrics[f"standard_error/{name}"] = score.standard_error
+        for name, value in zip(names, subset_means, strict=False):
+            metrics[f"subset_mean/{name}"] = value
         for phase, seconds in trial.evaluation.seconds.items():
             metrics[metric_name(f"seconds/{phase}")] = seconds
         metrics["front"] = float(point is not None and point.front)

@@ -74,6 +74,10 @@ def centre_of(level: int, levels: int) -> float:
     return (level + 0.5) / levels
 
 
+#: Numbers of one block, in the order of the columns.
+Row = tuple[float, ...]
+
+
 class Space:
     """Points of the unit box [d] ↔ recipes.
 
@@ -92,8 +96,8 @@ class Space:
         seed: of random masks; the same for all candidates, so that they are compared under
             common random numbers.
         dtype: safetensors name of the dtype that is scored and exported.
-        canonical: of rows that are the same merge the one that recipes hold, from the names of
-            the columns and a row; None where no two rows are.
+        twins: from the names of the columns and a row to all rows that are the same merge, the
+            one that recipes hold first; None where no two rows are.
     """
 
     def __init__(
@@ -108,7 +112,7 @@ class Space:
         options: Mapping[str, OptionValue],
         seed: int,
         dtype: str,
-        canonical: Callable[[tuple[str, ...], tuple[float, ...]], tuple[float, ...]] | None = None,
+        twins: Callable[[tuple[str, ...], Row], tuple[Row, ...]] | None = None,
     ) -> None:
         self._columns = dict(columns)
         self._searched = [(n, r) for n, r in self._columns.items() if isinstance(r, Range)]
@@ -116,7 +120,7 @@ class Space:
         self._method, self._partition = method, partition.spec
         self._base, self._experts = base, tuple(experts)
         self._layout, self._seed = layout, seed
-        self._canonical = canonical
+        self._twins = twins
         #: safetensors name of the dtype that is scored and exported.
         self.dtype = dtype
         self._options = tuple(sorted(options.items()))
@@ -224,14 +228,21 @@ class Space:
         row = self._row(tuple(values), tuple(values.values()))
         return self._recipe(tuple(values), (row,) * len(self._blocks), {})
 
-    def _row(self, columns: tuple[str, ...], row: tuple[float, ...]) -> tuple[float, ...]:
+    def _row(self, columns: tuple[str, ...], row: Row) -> Row:
         """Return a row as recipes hold it."""
-        return row if self._canonical is None else self._canonical(columns, row)
+        return row if self._twins is None else self._twins(columns, row)[0]
+
+    def _same(self, values: Mapping[str, float]) -> Iterator[dict[str, float]]:
+        """Yield column values, then others that are the same merge."""
+        yield dict(values)
+        if self._twins is not None:
+            for row in self._twins(tuple(values), tuple(values.values())):
+                yield dict(zip(values, row, strict=True))
 
     def encode(
         self, values: Mapping[str, float], options: Mapping[str, object] | None = None
     ) -> tuple[float, ...] | None:
-        """Return the point at which every block has the given column values.
+        """Return a point at which every block is merged by the given column values.
 
         Args:
             values: by column; columns that are not named must be searched nowhere.
@@ -241,6 +252,15 @@ class Space:
             [d], or None when the values lie outside the box or differ from a fixed column, or
             an option is no choice of the space. Whole numbers and choices give bin centres.
         """
+        places = (self._place(same) for same in self._same(values))
+        row = next((place for place in places if place is not None), None)
+        if row is None:
+            return None
+        chosen = self.encode_options(options or {})
+        return None if chosen is None else (*(row * len(self._blocks)), *chosen)
+
+    def _place(self, values: Mapping[str, float]) -> Row | None:
+        """Return the coordinates of a block's column values, None outside the box."""
         row = []
         for name, item in self._columns.items():
             value = values.get(name)
@@ -252,8 +272,7 @@ class Space:
                 row.append(_coordinate(item, value))
             elif value is not None and value != item:
                 return None
-        chosen = self.encode_options(options or {})
-        return None if chosen is None else (*(tuple(row) * len(self._blocks)), *chosen)
+        return tuple(row)
 
     def encode_options(self, options: Mapping[str, object]) -> tuple[float, ...] | None:
         """Return the coordinates of the searched options, None where one is no choice.
@@ -287,22 +306,12 @@ class Space:
             InputError: a value outside its range, or another than the fixed one; names them all.
         """
         problems: dict[str, None] = {}
-        point = []
+        point: list[float] = []
         for block, row in zip(self._blocks, rows, strict=True):
-            for name, item in self._columns.items():
-                value = row[name]
-                if not isinstance(item, Range):
-                    if value != item:
-                        problems[f"{name} is {value:g} in {block}, the study fixes {item:g}"] = None
-                    continue
-                # A mean of equal numbers can miss them by a rounding.
-                slack = 1e-12 * (item.high - item.low)
-                whole = not item.integer or abs(value - round(value)) <= slack
-                if not item.low - slack <= value <= item.high + slack or not whole:
-                    limits = f"[{item.low:g}, {item.high:g}]"
-                    limits = f"whole numbers in {limits}" if item.integer else limits
-                    problems[f"{name} is {value:g} in {block}, the study searches {limits}"] = None
-                point.append(min(max(_coordinate(item, value), 0.0), 1.0))
+            found = [self._nearest(block, same) for same in self._same(row)]
+            coordinates, wrong = min(found, key=lambda one: bool(one[1]))  # the first that fits
+            point += coordinates
+            problems |= dict.fromkeys(wrong)
         chosen = self.encode_options(options or {})
         if chosen is None:
             searched = {name: list(item.values) for name, item in self._chosen}
@@ -310,6 +319,25 @@ class Space:
         if problems:
             raise InputError("start: outside the study's space: " + "; ".join(problems))
         return (*point, *(chosen or ()))
+
+    def _nearest(self, block: str, row: Mapping[str, float]) -> tuple[list[float], list[str]]:
+        """Return coordinates of a block's column values, and which lie outside the space."""
+        point, problems = [], []
+        for name, item in self._columns.items():
+            value = row[name]
+            if not isinstance(item, Range):
+                if value != item:
+                    problems.append(f"{name} is {value:g} in {block}, the study fixes {item:g}")
+                continue
+            # A mean of equal numbers can miss them by a rounding.
+            slack = 1e-12 * (item.high - item.low)
+            whole = not item.integer or abs(value - round(value)) <= slack
+            if not item.low - slack <= value <= item.high + slack or not whole:
+                limits = f"[{item.low:g}, {item.high:g}]"
+                limits = f"whole numbers in {limits}" if item.integer else limits
+                problems.append(f"{name} is {value:g} in {block}, the study searches {limits}")
+            point.append(min(max(_coordinate(item, value), 0.0), 1.0))
+        return point, problems
 
     def _recipe(
         self,

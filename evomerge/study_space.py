@@ -67,7 +67,7 @@ def columns_of(file: StudyFile) -> dict[str, float | Range]:
     experts = tuple(file.models.experts)
     problems += _experts_problem(method, len(experts))
     problems += _partition_problem(file, method)
-    problems += _baseline_problems(file)
+    problems += _baseline_problems(file, method)
     given = {
         name: value
         for name, value in file.space.parameters.items()
@@ -157,15 +157,21 @@ def _partition_problem(file: StudyFile, method: Method) -> list[str]:
     ]
 
 
-def _baseline_problems(file: StudyFile) -> list[str]:
+def _baseline_problems(file: StudyFile, method: Method) -> list[str]:
     wanted, experts = file.baselines.experts, file.models.experts
-    if not isinstance(wanted, list):
-        return []
-    return [
+    problems = [
         f"baselines.experts: no expert is named {name!r}{suggest(name, experts)}"
-        for name in wanted
+        for name in (wanted if isinstance(wanted, list) else ())
         if name not in experts
     ]
+    if method.adapters:
+        problems += [
+            f"baselines.task_arithmetic: {scale:g}: {method.name} adds the square of each weight, "
+            "which no scale below 0 is (leave it out)"
+            for scale in file.baselines.task_arithmetic
+            if scale < 0
+        ]
+    return problems
 
 
 def _column_value(column: str, value: object, low: float, high: float) -> float | Range:
@@ -259,7 +265,7 @@ def space_of(
         options=_options(file, method),
         seed=file.seed,
         dtype=dtype,
-        canonical=method.canonical,
+        twins=method.twins,
     )
 
 
@@ -291,15 +297,24 @@ def scored_alone(file: StudyFile) -> tuple[str, ...]:
     """Return the experts that are baselines."""
     wanted, experts = file.baselines.experts, tuple(file.models.experts)
     if wanted == "auto":
-        mixed = file.search.searcher in MIXING
-        wanted = _ALONE if method_of(file).adapters and not mixed else "all"
+        method = METHODS.get(file.space.method)
+        many = method is not None and method.adapters and file.search.searcher not in MIXING
+        wanted = _ALONE if many else "all"
     return chosen_experts(experts, wanted)
 
 
 def baseline_warnings(file: StudyFile) -> list[str]:
-    """Return which experts are not scored alone, where the study file does not name them."""
+    """Return what it costs that some experts are not scored alone."""
     experts, chosen = tuple(file.models.experts), scored_alone(file)
-    if isinstance(file.baselines.experts, list) or len(chosen) == len(experts):
+    if len(chosen) == len(experts):
+        return []
+    if file.search.searcher in MIXING:
+        return [
+            f"baselines.experts: {file.search.searcher} mixes the baselines, and "
+            f"{len(experts) - len(chosen)} of {len(experts)} experts are not among them alone "
+            "(all gives it each of them)"
+        ]
+    if isinstance(file.baselines.experts, list):
         return []
     shown = ", ".join(chosen[:3]) + (", ..." if len(chosen) > 3 else "")
     return [

@@ -250,6 +250,15 @@ class StudyView:
         )
 
     @property
+    def subset_means(self) -> Mapping[int, tuple[float, ...]]:
+        """The plain mean of each objective's scored items [m], by trial that was estimated."""
+        return {
+            number: result.beside[SUBSET_MEAN].values
+            for (split, number), result in self.results.items()
+            if split == "search" and SUBSET_MEAN in result.beside
+        }
+
+    @property
     def violation(self) -> float | None:
         """By how much the recommended trial violates constraints; None without a trial."""
         if self.knee is None:

@@ -248,7 +248,8 @@ class Store:
         child = child or self._create(trial, tags, arrived)
         if tags["front"] == "true" and (new or child.tags.get("front") != "true"):
             self._client.log_text(child.run, trial.recipe.to_json(), "recipe.json")
-        metrics = trial_metrics(trial, point, projection.front)
+        means = projection.subset_means.get(trial.number, ())
+        metrics = trial_metrics(trial, point, projection.front, means)
         fresh = {name: value for name, value in metrics.items() if name not in child.metrics}
         changed = {
             name: value for name, value in metrics.items()

@@ -13,9 +13,8 @@ from evomerge.checksums import differing_files, recorded_files
 from evomerge.errors import InputError, ModelError
 from evomerge.export_documents import RECIPE_FILE, SCORES_FILE
 from evomerge.merge.sources import Sources
-from evomerge.model_search import find_models
 from evomerge.models import Models, open_models
-from evomerge.one_shot import find_sources, read_recipe
+from evomerge.one_shot import find_sources, known_models, read_recipe
 from evomerge.recipe import Recipe
 from evomerge.rescoring import read_settings, rescore
 
@@ -177,7 +176,8 @@ def verify(directory: Path, where: Where) -> Verified:
         where.device,
     )  # fmt: skip
     problems = list(found.problems)
-    given = {**find_models(recipe, where.folders), **(where.sources or {})}
+    path = directory / RECIPE_FILE
+    given = known_models(recipe, path, where.folders, where.sources or {})
     models = None if adapter and given.keys() <= {"base"} else _sources(recipe, directory, given)
     if adapter:
         base = _base_directory(recipe, models, directory, given)

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 
+from evomerge.adapter import is_adapter
 from evomerge.checkpoint import to_float32
 from evomerge.errors import ModelError
 from evomerge.layout import partition
@@ -153,6 +154,21 @@ def test_scaling_follows_rslora_and_the_patterns(
         name = f"{module}.weight"
         expected = fold_by_hand(adapter, module, values(sources, name, None), scaling)
         np.testing.assert_array_equal(values(sources, name, 0), expected)
+
+
+def test_an_adapter_with_a_config_of_its_base_is_one(
+    llama_family: Family, save_adapter: SaveAdapter
+) -> None:
+    """It was opened as a checkpoint without weights, because trainers may save that file too."""
+    base, _ = llama_family()
+    adapter = save_adapter()
+    plain = open_models(str(base), [("lora", str(adapter))]).experts[0]
+    shutil.copyfile(base / "config.json", adapter / "config.json")
+    assert open_models(str(base), [("lora", str(adapter))]).experts[0] == plain
+    (adapter / "pytorch_model.bin").write_bytes(b"pickled")
+    assert not is_adapter(adapter)  # what is meant is not clear any more
+    with pytest.raises(ModelError, match="only pickled weights"):
+        open_models(str(base), [("lora", str(adapter))])
 
 
 @pytest.mark.parametrize("flag", [True, False])
@@ -378,6 +394,8 @@ def test_other_features_are_refused_by_name(
         ({"rank_pattern": {"q_proj": 9}}, "q_proj has rank 3, adapter_config.json says 9"),
         ({"alpha_pattern": {"(a+)+q_proj": 9}}, "is not allowed"),
         ({"lora_alpha": None}, "no valid r and lora_alpha"),
+        ({"lora_alpha": float("nan")}, "no valid r and lora_alpha (lora_alpha is nan)"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "lora_alpha (lora_alpha is inf)"),
         ({"modules": {}}, "the adapter has no tensors"),
         (
             {"extra": {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": (3, 16)}},

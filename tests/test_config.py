@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from evomerge.config import json_schema, load
-from evomerge.errors import StudyFileError
+from evomerge.errors import StudyFileError, suggest
 from evomerge.template import study_template
 
 MINIMAL = """
@@ -157,3 +157,12 @@ def test_schema_accepts_what_load_accepts() -> None:
     assert schema["additionalProperties"] is False
     assert {"models", "fitness", "space", "search", "pool"} <= set(schema["properties"])
     json.dumps(schema, allow_nan=False)
+
+
+def test_of_hundreds_of_names_the_first_are_suggested() -> None:
+    """The experts of a folder filled pages."""
+    names = [f"a{number:03d}" for number in range(100)]
+    few = suggest("zz", names[:60])
+    assert few == f" (choose from: {', '.join(names[:60])})"
+    assert suggest("zz", names) == f" (choose from: {', '.join(names[:20])} and 80 more)"
+    assert suggest("a99", names).startswith(" (did you mean ")

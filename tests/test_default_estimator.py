@@ -78,6 +78,7 @@ def prepared(folder: Path, *overrides: str) -> Prepared:
         (("search={items: 4400, trials: 150, searcher: random}",), OPTIMAL, 5),
         (("search={items: 100000, trials: 50, searcher: random}",), OPTIMAL, 10),
         ((LONG, ALONE), "random", 20),
+        ((LONG, "baselines.experts=1"), "random", 20),
         ((LONG, ALONE, "fitness.tasks=[picks]", "fitness.items.search=300"), "stratified", 20),
     ],
 )
@@ -113,6 +114,7 @@ def test_many_items_with_margins_are_estimated(
             "resampled chooses them",
         ),
         (("search.searcher=m2n2",), "m2n2 learns from single items"),
+        (("baselines.experts=0",), "no expert is scored alone (baselines.experts), of which it"),
         (
             ("fitness.objectives=[{kind: python, function: mine.py:score, items: mine.jsonl, "
              "unit: fraction}]",),
@@ -150,6 +152,15 @@ def test_what_the_study_file_says_is_not_explained(project: Path, given: str) ->
     assert "estimator" not in plan_lines(study)
     assert (study.file.fitness.estimated is None) == (given != "{name: cells, items: 30}")
     assert "estimator" not in study.identity()
+
+
+def test_an_estimator_with_nothing_to_learn_from_is_refused(project: Path) -> None:
+    """All baselines were scored before it said that base and experts were expected."""
+    nothing = (ENOUGH, LONG, "baselines.experts=[]")
+    given = "fitness.estimator={name: cells, items: 30}"
+    with pytest.raises(StudyFileError, match=r"fitness.estimator.name: cells learns from models t"):
+        prepared(project, *nothing, given)
+    assert prepared(project, *nothing, given, "fitness.estimator.calibration=4")
 
 
 def test_a_wrong_estimator_is_told_what_there_is(project: Path) -> None:

@@ -228,6 +228,13 @@ def test_constraints_come_from_the_study_file(copy: Path) -> None:
             'least 1, got "sometimes"',
         ),
         (
+            (
+                "search.searcher=m2n2",
+                "fitness.estimator={name: cells, items: 5, refresh: 4}",
+            ),
+            "fitness.estimator.refresh: 4: m2n2 compares merges item by item, so that all must",
+        ),
+        (
             ("fitness.estimator={name: mpirt, items: 5}",),
             "fitness.estimator.banks: mpirt needs an item bank of at least one objective",
         ),

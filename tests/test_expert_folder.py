@@ -9,6 +9,7 @@ import pytest
 
 from evomerge.config import load, load_place
 from evomerge.errors import StudyFileError
+from evomerge.expert_folder import experts_in
 from evomerge.study_location import directory_of
 
 REST = "fitness: {objectives: [{kind: distance}]}\n"
@@ -67,6 +68,18 @@ def test_a_folder_without_models_was_one_line_per_subfolder(tmp_path: Path) -> N
     model(tmp_path / "pool" / "math")
     found = problems(tmp_path / "study.yaml", text)
     assert [line.split()[1] for line in found] == ["pool/data", "pool/docs", "pool/tests"]
+
+
+def test_a_link_to_nowhere_is_no_file_that_is_passed_over(tmp_path: Path) -> None:
+    """Its model was missing from the study, and nothing said so."""
+    model(tmp_path / "pool" / "one")
+    (tmp_path / "pool" / "two").symlink_to(tmp_path / "moved")
+    found, wrong = experts_in("pool", tmp_path)
+    assert list(found) == ["one", "two"]
+    assert len(wrong) == 1
+    assert "pool/two is no model" in wrong[0]
+    model(tmp_path / "moved")
+    assert experts_in("pool", tmp_path)[1] == []
 
 
 def test_a_study_can_be_looked_at_when_its_folder_of_experts_is_gone(tmp_path: Path) -> None:

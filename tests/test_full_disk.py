@@ -42,9 +42,9 @@ except EvomergeError as error:
 SPILL = f"""{LIMITED}
 import numpy as np
 from evomerge.errors import EvomergeError
-from evomerge.merge.sources import _spilled
+from evomerge.merge.sources import Spill
 try:
-    _spilled(np.zeros({LIMIT_BYTES}, np.float32))
+    Spill({{(1, 0): 4 * {LIMIT_BYTES}}}).keep((1, 0), np.zeros({LIMIT_BYTES}, np.float32))
 except EvomergeError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)

@@ -23,6 +23,7 @@ LEVELS = (
         "layout",
         "strict_yaml",
         "low_rank",
+        "file_map",
         "checkpoint",
         "atomic_directory",
         "atomic_file",

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -150,6 +151,29 @@ class TestStudyFile:
             "(chat, code, math, ...)" in text
         )
 
+    def test_temporary_files_that_do_not_fit_are_told(
+        self, project: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each worker sorts the magnitudes of all A into a file, or folds every adapter."""
+        path, free = project / "study.yaml", SimpleNamespace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+        count = len(NAMES)
+        magnitudes = 4 * 3 * (16 + 16 + 16 + 24) * count
+        folded = 4 * sum(out * columns for out, columns in MODULES.values()) * count
+        whole = [
+            "space.method=task_arithmetic", "space.parameters={weight: {low: 0, high: 1}}",
+            "search={searcher: random, trials: 4}",
+        ]  # fmt: skip
+        for overrides, expected, what in (
+            ([], magnitudes, "sorted magnitudes of the adapters"), (whole, folded, "folded ad"),
+            (["space.parameters.density=1"], 0, ""),
+        ):  # fmt: skip
+            for less in (0, 1) if expected else (0,):
+                free.free = expected - less
+                found = [w for w in prepare(load(path, overrides), path).warnings if "TMPDIR" in w]
+                assert len(found) == less
+                assert all(f"1 worker will write 0.00 GB each ({what}" in line for line in found)
+
     def test_list_shows_the_method(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main("list", "methods") == 0
         assert "lora_factors" in capsys.readouterr().out
@@ -255,6 +279,47 @@ class TestBaselines:
             assert len(scored_alone(file)) == count
             assert len(baseline_warnings(file)) == (count == 20)
 
+    def test_experts_that_a_mixing_searcher_would_leave_out_are_told(self) -> None:
+        """The warning spoke of the best one, and with names there was none."""
+        text = "models: {base: b, experts: {a: a, b: b, c: c}}\nfitness: {tasks: [t]}\n"
+        text += "space: {method: lora_factors}\n"
+        for wanted, left in (("2", 1), ("[b]", 2)):
+            text_of = text + "search: {searcher: %s}\nbaselines: {experts: %s}\n"
+            file = StudyFile.model_validate(yaml.safe_load(text_of % ("nested_map", wanted)))
+            assert baseline_warnings(file) == [
+                f"baselines.experts: nested_map mixes the baselines, and {left} of 3 experts are "
+                "not among them alone (all gives it each of them)"
+            ]
+
+    def test_no_scale_below_zero_is_a_square(self, project: Path) -> None:
+        """-0.5 was scored as 0.5, under its own name: all signs turned is the same merge."""
+        path = project / "study.yaml"
+        with pytest.raises(StudyFileError, match=r"task_arithmetic: -0.5: lora_factors adds the s"):
+            prepare(load(path, ["baselines.task_arithmetic=[0.5, -0.5]"]), path)
+        others = ["space.method=task_arithmetic", "space.parameters={weight: {low: 0, high: 1}}"]
+        others += ["baselines.task_arithmetic=[-0.5]", "search.searcher=random"]
+        found = prepare(load(path, [*others, "search.arguments={}"]), path)
+        assert found.baselines[-1].label == "task_arithmetic:-0.5"
+
+    def test_of_negative_weights_baselines_are_points(self, project: Path) -> None:
+        """They were none: recipes have the other sign, which lies outside of such a box."""
+        path = project / "study.yaml"
+        found = prepare(load(path, ["space.parameters.weight={low: -1.5, high: 0}"]), path)
+        for one in found.baselines:
+            assert one.x is not None
+            assert found.space.decode(one.x).digest == one.recipe.digest
+            assert min(one.recipe.table[0]) >= 0.0
+
+    @pytest.mark.parametrize("given", ["-1", "true", "some", "{a: 1}"])
+    def test_what_else_they_can_be_is_said(self, project: Path, given: str) -> None:
+        """It was said that -1 should be auto or all."""
+        with pytest.raises(StudyFileError) as caught:
+            load(project / "study.yaml", [f"baselines.experts={given}"])
+        (problem,) = caught.value.problems
+        assert problem.startswith(
+            "baselines.experts: must be auto, all, how many of them (0 or more), or a list of"
+        )
+
     def test_unknown_names_are_problems(self, project: Path) -> None:
         path = project / "study.yaml"
         with pytest.raises(StudyFileError, match=r"baselines.experts: no expert is named 'mathe'"):
@@ -355,6 +420,23 @@ class TestTakeHome:
         assert main("merge", path, "--out", again, "--models", project) == 0
         for name, tensor in tensors(out).items():
             np.testing.assert_array_equal(tensors(again)[name], tensor)
+
+    def test_adapters_are_found_where_their_base_is_elsewhere(
+        self, project: Path, view: StudyView, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        """Below --models there had to be the base too, and with --base they were not found."""
+        out = tmp_path / "m"
+        assert main("export", view.directory, "--trial", best(view), "--out", out) == 0
+        shutil.copytree(project / "adapters", tmp_path / "store")
+        shutil.copytree(project / "models/base", tmp_path / "base")
+        places = ["--base", tmp_path / "base", "--models", tmp_path / "store"]
+        again = tmp_path / "again"
+        assert main("merge", out / "evomerge_recipe.json", "--out", again, *places) == 0
+        for name, tensor in tensors(out).items():
+            np.testing.assert_array_equal(tensors(again)[name], tensor)
+        monkeypatch.chdir(project)
+        assert main("verify", out, *places) == 0, capsys.readouterr()
 
     def test_the_adapter_is_the_merge_itself(
         self, project: Path, view: StudyView, tmp_path: Path, capsys: pytest.CaptureFixture[str],

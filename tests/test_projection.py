@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from test_study_economy import study
@@ -47,6 +48,24 @@ def test_the_series_of_items_ends_with_what_the_search_cost(tmp_path: Path, feat
         if split not in ("search", "part")
     )
     assert series[-1] == view.spending.scored - later
+
+
+def test_an_estimated_trial_has_the_plain_mean_of_its_items_beside(tmp_path: Path) -> None:
+    view = study(tmp_path / "s", "estimated").run()
+    projection = project(view)
+    audited = {audit.number for audit in view.audits}
+    seen = 0
+    for trial in view.trials:
+        means = projection.subset_means.get(trial.number, ())
+        row = trial_metrics(trial, None, projection.front, means)
+        assert ("subset_mean/near_one" in row) == bool(means)
+        if not means or trial.number in audited:
+            continue
+        assert trial.evaluation is not None
+        for objective, score in zip(view.objectives, trial.evaluation.scores, strict=True):
+            assert row[f"subset_mean/{objective.name}"] == pytest.approx(fmean(score.items))
+        seen += 1
+    assert seen > 1
 
 
 def test_audits_are_a_series_of_mean_errors(tmp_path: Path) -> None:

@@ -30,12 +30,14 @@ from toy_study import (
 
 from evomerge.errors import InputError, ReplayError
 from evomerge.estimate import Answers, Endpoint, Estimate, Estimation, mean_of
+from evomerge.extension import extend
 from evomerge.feasibility import best_rows, violation
 from evomerge.halving import Halving
 from evomerge.item_cache import Items
 from evomerge.items import Resampled, TrialItems, drawn
 from evomerge.journal import JOURNAL, read
 from evomerge.racing import Racing
+from evomerge.replay import verify
 from evomerge.search.protocol import SearchProblem
 from evomerge.study import Study
 from evomerge.study_record import History
@@ -536,6 +538,55 @@ def test_a_refreshed_study_that_is_cut_in_a_generation_goes_on_with_its_items(
     for trial in whole.trials:
         assert again.items_of("search", trial.number) == whole.items_of("search", trial.number)
         assert again.told(trial.number).values == whole.told(trial.number).values
+
+
+@pytest.mark.parametrize("feature", ["refreshed", "refreshed race", "refreshed halving"])
+def test_when_a_refreshed_study_is_extended_does_not_matter(tmp_path: Path, feature: str) -> None:
+    late = tmp_path / "late"
+    study(late, feature).run()
+    data = (late / JOURNAL).read_bytes()
+    extend(late, trials=9)
+    end = study(late, feature).run()
+    assert verify(late, study(late, feature)).problems == ()
+    for records in (12, 20):
+        early = tmp_path / f"early{records}"
+        early.mkdir()
+        (early / JOURNAL).write_bytes(data)
+        cut(early, records)
+        extend(early, trials=9)
+        view = study(early, feature).run()
+        assert (view.front, view.knee) == (end.front, end.knee)
+        for trial in end.trials:
+            assert view.items_of("search", trial.number) == end.items_of("search", trial.number)
+            assert view.told(trial.number) == end.told(trial.number)
+
+
+@pytest.mark.parametrize("refresh", ["generation", 3])
+def test_a_refreshed_study_that_is_told_as_results_come_is_continued_exactly(
+    tmp_path: Path, refresh: Any
+) -> None:
+    estimation = Estimation("shrunk", prepare, full_every=5, refresh=refresh)
+
+    def make(directory: Path) -> Study:
+        factory = ToyStudyFactory(tmp_path / "log", graded=True)
+        return study(
+            directory, "refreshed", estimation=estimation, order="completion", parallel=4,
+            make_pool=lambda: Shuffled(factory, 4),
+        )  # fmt: skip
+
+    whole = tmp_path / "whole"
+    make(whole).run()
+    assert verify(whole, make(whole)).problems == ()
+    data, total = (whole / JOURNAL).read_bytes(), len(read(whole).records)
+    for records in range(4, total, 7):
+        directory = tmp_path / f"cut{records}"
+        directory.mkdir()
+        (directory / JOURNAL).write_bytes(data)
+        cut(directory, records)
+        known = essence_of(directory)
+        make(directory).run()
+        assert known.items() <= essence_of(directory).items()
+        assert verify(directory, make(directory)).problems == ()
 
 
 def test_another_draw_after_a_restart_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from evomerge.checkpoint import ITEM_BYTES, MERGEABLE, TensorEntry, to_float32
 from evomerge.errors import ModelError, StorageError
+from evomerge.file_map import map_file
 from evomerge.models import Models
 
 Bits = npt.NDArray[Any]
@@ -126,16 +127,19 @@ def _difference(found: Forms, usual: Forms, first: str) -> str:
             return f"{slot} has rank {form.rank}, {usual[slot].rank} in {first}"
         if form.scaling != usual[slot].scaling:
             return f"{slot} has scaling {form.scaling:g}, {usual[slot].scaling:g} in {first}"
+        if form.transposed != usual[slot].transposed:
+            return f"{slot} is read the other way round than in {first} (fan_in_fan_out)"
     return ""
 
 
-def factor_bytes(models: Models) -> int:
-    """Return the bytes of all factors of all experts, as stored."""
+def factor_bytes(models: Models, which: str = "ab") -> int:
+    """Return the bytes of the factors of all experts, as stored; ``a``, ``b`` or both."""
     return sum(
         (entry.stop - entry.start)
         for expert in models.experts
         for fold in expert.folds.values()
-        for entry in (fold.a, fold.b)
+        for name, entry in (("a", fold.a), ("b", fold.b))
+        if name in which
     )
 
 
@@ -158,9 +162,7 @@ class FactorSources:
         self.forms: Mapping[int, Form] = {
             self._names[name]: form for name, form in forms_of(models, 0).items()
         }
-        #: One map per file: a map per tensor would be more than the system allows a process.
-        paths = [self._path(k) for k in range(self.count)]
-        self._files: list[Bits] = [np.memmap(path, np.uint8, "r") for path in paths]
+        self._files: list[Bits] = [map_file(self._path(k)) for k in range(self.count)]
         self._tables: dict[tuple[int, str], tuple[npt.NDArray[np.int64], ...]] = {}
         self._magnitudes: Bits | None = None
         self._places: dict[tuple[int, int], int] = {}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+import weakref
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -27,9 +30,9 @@ class Sources:
     """Memory-mapped weights of one study's models.
 
     Processes on one machine share the pages of the same files, so several workers need the
-    memory of one. What an adapter changes is folded when it is first asked for, and kept in an
-    unnamed temporary file of its own, so that its pages can leave memory like those of a
-    checkpoint; that file needs four bytes per changed element in the temporary directory.
+    memory of one. What an adapter changes is folded when it is first asked for, and kept in one
+    unnamed temporary file, so that its pages can leave memory like those of a checkpoint; that
+    file needs four bytes per changed element in the temporary directory.
     Experts that are merged as factors are never folded: they are in ``factors``.
 
     Args:
@@ -43,6 +46,7 @@ class Sources:
         self._checkpoints: tuple[Checkpoint, ...] = (models.base, *experts)
         #: By the model's place (the base is first) and slot; names are the user's.
         self._maps: dict[tuple[int, int], Bits] = {}
+        self._spill: Spill | None = None
 
     @property
     def experts(self) -> int:
@@ -72,8 +76,21 @@ class Sources:
         key = (model, slot)
         if key not in self._maps:
             bits = checkpoint.read(name)
-            self._maps[key] = _spilled(bits) if name in checkpoint.folds else bits
+            self._maps[key] = self._spilled(key, bits) if name in checkpoint.folds else bits
         return self._maps[key], checkpoint.tensors[name].dtype
+
+    def _spilled(self, key: tuple[int, int], bits: Bits) -> Bits:
+        if self._spill is None:
+            slots = self.layout.slots
+            self._spill = Spill(
+                {
+                    (model, number): 4 * slot.size
+                    for model, checkpoint in enumerate(self._checkpoints)
+                    for number, slot in enumerate(slots)
+                    if slot.name in checkpoint.folds
+                }
+            )
+        return self._spill.keep(key, bits)
 
     def hold(self) -> None:
         """Read every source into memory of this process.
@@ -85,6 +102,7 @@ class Sources:
             for slot in range(len(self.layout.slots)):
                 bits, _ = self._get(model, slot)
                 self._maps[model, slot] = np.array(bits)
+        self._spill = None
         if self.models.factored:
             self.factors.hold()
 
@@ -141,20 +159,50 @@ class Sources:
             self.factors.require_finite()
 
 
-def _spilled(bits: Bits) -> Bits:
-    """Return a read-only memory map with the same content, in a file that nobody sees."""
-    if bits.size == 0:
-        return bits
-    try:
-        with tempfile.TemporaryFile() as file:
-            file.write(bits.data.cast("B"))
-            file.flush()
-            return np.memmap(file, dtype=bits.dtype, mode="r", shape=bits.shape)
-    except OSError as error:
-        raise StorageError(
+class Spill:
+    """Folded tensors in one file that nobody sees, and one map of it.
+
+    Args:
+        sizes: bytes of each tensor, by the model's place and slot.
+
+    Raises:
+        StorageError: the file cannot be made.
+    """
+
+    def __init__(self, sizes: Mapping[tuple[int, int], int]) -> None:
+        ends = np.cumsum(list(sizes.values())).tolist()
+        self._starts = dict(zip(sizes, [0, *ends], strict=False))
+        try:
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - as long as the map
+            weakref.finalize(self, self._file.close)
+            self._file.truncate(max(ends[-1], 1))  # space is taken where something is written
+        except OSError as error:
+            raise self._full(error) from error
+        self._bytes: Bits = np.memmap(self._file, np.uint8, "r")
+
+    def keep(self, key: tuple[int, int], bits: Bits) -> Bits:
+        """Write a tensor and return the same content, read-only.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        if bits.size == 0:
+            return bits
+        start, left = self._starts[key], bits.data.cast("B")
+        stop = start + len(left)
+        try:
+            while len(left):  # the system takes 2 GiB at a time
+                left = left[os.pwrite(self._file.fileno(), left, stop - len(left)) :]
+        except OSError as error:
+            raise self._full(error) from error
+        return self._bytes[start:stop].view(bits.dtype)
+
+    @staticmethod
+    def _full(error: OSError) -> StorageError:
+        return StorageError(
             f"{tempfile.gettempdir()}: a folded adapter does not fit: {error.strerror} "
             "(free some space, or set TMPDIR to another disk)"
-        ) from error
+        )
 
 
 def address(bits: Bits) -> int:

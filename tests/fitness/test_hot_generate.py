@@ -180,6 +180,39 @@ def test_the_cache_grows_and_shrinks_with_the_prompts() -> None:
         assert found[prompt] == expected
 
 
+def test_room_is_not_taken_for_what_texts_could_come_to_need() -> None:
+    """Texts that may have 2,000 tokens and end after ten; and then one that goes on."""
+    forward = Forward(make("llama"))
+    draw = random.Random(4)
+    asked = [tuple(draw.randrange(2, VOCABULARY) for _ in range(8)) for _ in range(20)]
+
+    def run(long: int) -> tuple[list[list[int]], int]:
+        def reached(tokens: Sequence[int]) -> bool:
+            return len(tokens) == (long if tokens[0] % 8 == 0 else 10)
+
+        plan = arranged_prompts(forward, asked).groups
+        batch = Batch(forward, plan, 80, Ending(2000, frozenset(), reached))
+        largest = 0
+        found: list[list[int]] = []
+        with torch.inference_mode():
+            for row, tokens in batch.run():
+                seats, columns = batch._seats.room
+                largest = max(largest, seats * columns)
+                if len(found) % 7 == 0:
+                    prompt = tuple(row.tokens.tolist())
+                    expected, lead = after(forward.model, prompt, 2000, set(), reached)
+                    assert tokens == expected or lead < 1e-3
+                found.append(tokens)
+        return found, largest
+
+    found, largest = run(10)
+    assert len(found) == 20
+    assert largest <= 10 * (9 + CLEARED)
+    found, largest = run(80)
+    assert max(map(len, found)) == 80
+    assert 88 < largest <= 10 * 2008
+
+
 def test_what_a_row_left_behind_does_not_reach_the_next_one() -> None:
     """Keys and values of a row that overflowed are NaN, and NaN times 0 is NaN."""
     seats = Seats(1, torch.device("cpu"))

@@ -31,6 +31,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", {**GROUPED, "head_dim": 8, "sliding_window": 32}),
     "phi3": ("Phi3Config", GROUPED),
     "mixtral": ("MixtralConfig", {**GROUPED, "num_local_experts": 4}),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_heads": 4,
+         "attention_types": [[["global", "local"], 1]], "window_size": 16,
+         "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 1},
+    ),
+    "longrope": (
+        "Phi3Config",
+        {**GROUPED, "max_position_embeddings": 128, "original_max_position_embeddings": 32,
+         "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0,
+         "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}},
+    ),
     "bloom": (
         "BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     ),
@@ -188,7 +200,7 @@ def prompts(until: list[str], most: int) -> list[Request]:
     return [*made, made[3]]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma2", "gpt_neo", "longrope"])
 @pytest.mark.parametrize("budget", [64, 4096])
 def test_generated_texts_are_those_of_transformers(name: str, budget: int) -> None:
     model = make(name)
@@ -205,14 +217,73 @@ def test_generated_texts_are_those_of_transformers(name: str, budget: int) -> No
     assert any(len(a) < len(b) for a, b in zip(stopped, free, strict=True))
 
 
-def test_unusual_settings_go_to_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("setting", "value"), [("repetition_penalty", 1.3), ("max_new_tokens", 5)])
+def test_unusual_settings_go_to_lm_eval(
+    monkeypatch: pytest.MonkeyPatch, setting: str, value: float
+) -> None:
     model = make("llama")
     runner = Runner(lm_of(model, 1))
     monkeypatch.setattr(runner_module, "generate", None)  # would fail if it were called
-    model.generation_config.repetition_penalty = 1.3
+    setattr(model.generation_config, setting, value)
     asked = prompts(["<never>"], 8)
     expected = lm_of(model, batch_size=1).generate_until(asked, disable_tqdm=True)
     assert runner.generate_until(asked) == expected
+    if setting == "max_new_tokens":  # which transformers takes before what a task asks for
+        assert max(map(len, expected)) == value
+
+
+def test_an_empty_prompt_was_given_the_answer_to_another() -> None:
+    """lm-eval reads an empty context as the token before all texts, in log-likelihoods too."""
+    model = make("llama")
+    runner = Runner(lm_of(model))
+    settings = {"until": ["<never>"], "max_gen_toks": 6, "do_sample": False}
+    start = runner.generate_until([Request(("<eos>", settings))])
+    other = runner.generate_until([Request(("abc", settings))])
+    assert start != other
+    both = [Request(("", settings)), Request(("abc", settings))]
+    assert runner.generate_until(both) == start + other
+    assert runner.generate_until(both[:1]) == start
+
+
+@pytest.mark.parametrize("name", ["gemma2", "longrope"])
+def test_one_long_prompt_sent_all_others_to_lm_eval(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that an answer depended on what else was asked: long rows turn the short ones beside."""
+    model = make(name)
+    lm = lm_of(model)
+    runner = Runner(lm)
+    settings = {"until": ["<never>"], "max_gen_toks": 6, "do_sample": False}
+    short = [Request((text, settings)) for text in ("abc", "some words", "")]
+    long = [Request(("many words " * 5, settings))]
+    alone = runner.generate_until(short)
+    sent: list[str] = []
+    whole = lm.generate_until
+
+    def noted(requests: Any, **settings: Any) -> Any:
+        sent.extend(request.args[0] for request in requests)
+        return whole(requests, **settings)
+
+    monkeypatch.setattr(lm, "generate_until", noted)
+    both = runner.generate_until([*long, *short])
+    assert both[1:] == alone
+    assert both[:1] == lm_of(model, 1).generate_until(long, disable_tqdm=True)
+    assert sent == [long[0].args[0]]
+
+
+def test_windows_are_found_whatever_they_are_called() -> None:
+    """GPT-Neo has local layers; long rotary embeddings turn a whole batch by its longest row."""
+    import transformers
+
+    windows = {
+        name: Forward(make(name)).window for name in ("llama", "gpt_neo", "longrope", "gemma2")
+    }
+    assert windows == {"llama": None, "gpt_neo": 16, "longrope": 32, "gemma2": 32}
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    config = transformers.LlamaConfig(
+        **GROUPED, max_position_embeddings=48, rope_parameters=dynamic
+    )
+    assert Forward(transformers.LlamaForCausalLM(config)).window == 48
 
 
 def test_texts_longer_than_the_context_are_windowed_as_lm_eval_does() -> None:

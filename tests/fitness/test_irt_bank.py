@@ -138,6 +138,31 @@ def test_bank_survives_its_file(tmp_path: Path) -> None:
     assert np.array_equal(read.slopes, bank.slopes)
 
 
+def test_a_bank_keeps_the_scores_that_it_was_fitted_to(tmp_path: Path) -> None:
+    scores = np.random.default_rng(0).integers(0, 2, (8, 6)).astype(float)
+    scores[0], scores[1] = 0.0, 1.0
+    bank = fit_bank(Responses(tuple("abcdefgh"), tuple("ABCDEF"), scores), "2pl")
+    path = tmp_path / "bank.npz"
+    bank.save(path)
+    loaded = load_bank(path)
+    assert loaded.responses is not None
+    assert np.array_equal(loaded.responses, scores)
+    picked = loaded.select(("D", "A"))
+    assert picked.responses is not None
+    assert np.array_equal(picked.responses, scores[:, [3, 0]])
+    # One without them, as banks were before, has the digest that it had.
+    bare = replace(bank, responses=None)
+    bare.save(path)
+    assert load_bank(path).responses is None
+    assert load_bank(path).digest == bare.digest != bank.digest
+
+
+def test_an_incomplete_matrix_is_not_kept() -> None:
+    scores = np.random.default_rng(0).integers(0, 2, (8, 6)).astype(float)
+    scores[2, 3] = np.nan
+    assert fit_bank(Responses(tuple("abcdefgh"), tuple("ABCDEF"), scores), "2pl").responses is None
+
+
 def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "bank.npz"
     small_bank().save(path)

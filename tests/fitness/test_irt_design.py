@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from evomerge.errors import InputError
 from evomerge.fitness.irt.ability import sigmoid
 from evomerge.fitness.irt.anchors import anchors
+from evomerge.fitness.irt.bank import ItemBank
 from evomerge.fitness.irt.design import DESIGNS, choose_items
 from evomerge.fitness.irt.optimal_design import greedy_d_optimal, greedy_value_optimal
 from evomerge.fitness.irt.population import Endpoints, Population
@@ -138,6 +139,24 @@ def test_anchors_stand_for_the_clusters() -> None:
         mean = points[cluster == cluster[row]].mean(axis=0)
         nearest = np.argmin(((points - mean) ** 2).sum(axis=1))
         assert row == nearest
+
+
+def test_anchors_go_by_the_models_of_the_bank_where_it_holds_their_scores() -> None:
+    rng = np.random.default_rng(3)
+    ids = tuple(f"i{number}" for number in range(40))
+    # Four kinds of items, which the bank's models tell apart and the endpoints do not.
+    kind = np.arange(40) % 4
+    scores = np.eye(4)[kind].T[rng.integers(4, size=12)]
+    bank = ItemBank("m2pl", ids, np.ones((40, 1)), np.zeros(40), responses=scores)
+    endpoints = Endpoints(("base", "a"), np.full((2, 40), 0.5), None, 0)
+    population = Population(ids, endpoints=endpoints, bank=bank)
+    chosen = choose_items("anchor", population, 4, 0, "task")
+    assert {int(item[1:]) % 4 for item in chosen.ids} == {0, 1, 2, 3}
+    assert chosen.weights == pytest.approx((0.25,) * 4)
+    # In another order of items they are still found by id.
+    turned = Population(ids[::-1], endpoints=endpoints, bank=bank)
+    again = choose_items("anchor", turned, 4, 0, "task")
+    assert {int(item[1:]) % 4 for item in again.ids} == {0, 1, 2, 3}
 
 
 def test_anchors_survive_equal_items() -> None:

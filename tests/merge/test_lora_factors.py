@@ -12,7 +12,7 @@ import pytest
 from lora_adapters import MODULES, save_adapter, save_adapters
 
 from evomerge.checkpoint import MERGEABLE, to_float32
-from evomerge.errors import ModelError, RecipeError
+from evomerge.errors import InputError, ModelError, RecipeError
 from evomerge.layout import partition
 from evomerge.merge import factor_merge
 from evomerge.merge.change import coefficient_norm
@@ -330,6 +330,25 @@ class TestRefusals:
             "(leave it out, or merge by task_arithmetic, which takes both)",
         ]
 
+    def test_square_modules_that_are_read_the_other_way_round(self, tmp_path: Path) -> None:
+        """They were merged as the first adapter's are: nothing but the flag tells them apart."""
+        import torch
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.manual_seed(0)
+        config = GPT2Config(
+            vocab_size=32, n_embd=16, n_layer=1, n_head=4, n_positions=32, bos_token_id=1,
+            eos_token_id=2,
+        )  # fmt: skip
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+        square = {"transformer.h.0.attn.c_proj": (16, 16)}
+        experts = [
+            (name, str(save_adapter(tmp_path / name, seed, square, fan_in_fan_out=flag)))
+            for seed, (name, flag) in enumerate((("one", True), ("two", True), ("odd", False)))
+        ]
+        with pytest.raises(ModelError, match=r"experts.odd: .*c_proj.weight is read the other way"):
+            factored(open_models(str(tmp_path / "base"), experts))
+
     def test_modules_saved_whole(self, tmp_path: Path, save_llama: Callable[..., Path]) -> None:
         import torch
         from safetensors.torch import load_file, save_file
@@ -373,7 +392,7 @@ def space_of(models: Models, low: float = -1.5, high: float = 1.5) -> Space:
         method="lora_factors", base=base, experts=experts,
         partition=partition(models.layout, "model"), layout=models.layout.digest,
         columns={**columns, **{f"density.{one.name}": Range(0.0, 1.0) for one in experts}},
-        options={}, seed=0, dtype="F32", canonical=METHODS["lora_factors"].canonical,
+        options={}, seed=0, dtype="F32", twins=METHODS["lora_factors"].twins,
     )  # fmt: skip
 
 
@@ -388,6 +407,44 @@ def test_both_signs_decode_to_one_recipe(models: Models) -> None:
     assert one.table[0][count:] == (0.5,) * count
     assert space.decode(point[:count] + [0.25] * count).digest != one.digest
     assert str(one.table[0][1]) == "0.0"
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.5, 1.5), (-1.5, 0.0), (0.0, 1.5)])
+def test_a_recipe_is_a_point_of_the_space_that_it_is_from(
+    models: Models, low: float, high: float
+) -> None:
+    """A search could not start from its own merges where the box has one sign only."""
+    space = space_of(models, low, high)
+    count = len(models.experts)
+    point = (0.25, 0.5, 0.75, 0.125, 0.625, *([0.5] * count))
+    recipe = space.decode(point)
+    columns = dict(zip(recipe.columns, recipe.table[0], strict=True))
+    x = space.encode(columns)
+    assert x is not None
+    assert space.encode_rows([columns]) == x
+    assert space.decode(x).digest == recipe.digest
+
+
+def test_a_recipe_is_a_point_where_a_weight_is_fixed(models: Models) -> None:
+    """The fixed sign turned the fixed weight too, and then it was another one."""
+    base, experts = models.refs
+    names = [f"weight.{one.name}" for one in experts]
+    columns = {name: Range(-1.5, 1.5) for name in names} | {names[0]: 0.5}
+    columns |= {f"density.{one.name}": 1.0 for one in experts}
+    space = Space(
+        method="lora_factors", base=base, experts=experts,
+        partition=partition(models.layout, "model"), layout=models.layout.digest,
+        columns=columns, options={}, seed=0, dtype="F32", twins=METHODS["lora_factors"].twins,
+    )  # fmt: skip
+    point = (0.0, 0.5, 0.25, 0.75)
+    recipe = space.decode(point)
+    assert recipe.table[0][0] == -0.5  # -1.5 is the largest, and made positive
+    row = dict(zip(recipe.columns, recipe.table[0], strict=True))
+    assert space.encode_rows([row]) == pytest.approx(point)
+    assert space.encode(row) == pytest.approx(point)
+    with pytest.raises(InputError, match=r"weight\.\w+ is 0.75 in model, the study fixes 0.5"):
+        space.encode_rows([row | {names[0]: 0.75}])
+    assert space.encode(row | {names[0]: 0.75}) is None
 
 
 def test_a_fixed_sign_has_no_negative_zero() -> None:

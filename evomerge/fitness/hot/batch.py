@@ -12,13 +12,16 @@ import torch
 
 from evomerge.fitness.hot.forward import Forward, Prefix
 from evomerge.fitness.hot.likelihood import batches
-from evomerge.fitness.hot.seats import Seats
+from evomerge.fitness.hot.seats import CLEARED, Seats
 from evomerge.fitness.hot.trie import Group, Row
 
 #: Rows that ended are replaced, or taken out, when they are at least this share of the batch.
 ENDED = 0.2
 #: The cache gets more seats where there would be so many times as many: all of it is copied then.
 GROWTH = 1.25
+#: It gets so many times as many columns as its rows fill. All that they could come to need might
+#: not fit into a device, and most texts end early.
+AHEAD = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,8 @@ class Batch:
 
     def _step(self) -> None:
         """Add a token to every row."""
+        if self._width > self._seats.room[1]:
+            self._widen()
         places, columns = self._places, self._at.unsqueeze(1)  # [B], [B, 1]
         self._seats.go_on(self._at, places, self._width)
         seen = torch.arange(self._width, device=columns.device) <= columns  # [B, W]
@@ -186,12 +191,20 @@ class Batch:
         self, count: int, kept: Sequence[_Text], fresh: Sequence[tuple[Group, Row]]
     ) -> None:
         most = self._ending.most
-        columns = [text.start + most for text in kept] + [self._columns(*one) for one in fresh]
+        filled = [text.start + len(text.tokens) for text in kept]
+        filled += [self._columns(*one) - most + 1 for one in fresh]
         seats, have = self._seats.room
-        if count > seats or max(columns, default=0) > have:
+        if count > seats or max(filled, default=0) > have:
             if not kept:  # nothing to copy, and the old room is free before there is a new one
                 self._seats = self._empty()
-            self._seats.resize(count, max(columns))
+            columns = [text.start + most for text in kept] + [self._columns(*one) for one in fresh]
+            self._seats.resize(count, _ahead(max(filled), max(columns)))
+
+    def _widen(self) -> None:
+        """Make room for longer texts; seats that nobody has are given up for it."""
+        columns = _ahead(self._width, self._widest)
+        seats = min(self._seats.room[0], self._tokens // columns)
+        self._seats.resize(max(seats, len(self._texts)), columns)
 
     def _enter(self, joined: Sequence[tuple[int, tuple[Group, Row]]]) -> dict[int, _Text]:
         """Compute the prompts of rows of one group; return them by seat, with a token each."""
@@ -227,3 +240,8 @@ class Batch:
         self._at, self._last = torch.tensor(at, device=device), torch.tensor(last, device=device)
         self._places = torch.arange(len(self._texts), device=device)
         self._width, self._widest = max(at) + 1, max(last) + 1
+
+
+def _ahead(filled: int, most: int) -> int:
+    """Return how many columns to have where so many are filled, and can come to be at most."""
+    return min(most, max(filled + CLEARED, int(AHEAD * filled)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +34,8 @@ class Forward:
     Attributes:
         trees: several sequences may share a row.
         prefixes: a prefix may be computed once for many rows.
-        window: longest sequence for which that holds; models with sliding attention see less.
+        window: longest sequence for which that holds; models with sliding attention see less, and
+            some turn all rows of a batch by its longest.
     """
 
     def __init__(self, model: Any) -> None:
@@ -212,12 +213,32 @@ def layers_of(cache: Any) -> Prefix:
 
 
 def _window(config: Any) -> int | None:
-    """Return the shortest sliding window of a model, None where all attention is full."""
+    """Return the longest sequence whose tokens all see each other and keep their positions.
+
+    It is the shortest sliding window or chunk, and the length beyond which rotary embeddings
+    change with the longest row of a batch; None where nothing of the kind is.
+    """
     text = config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None)
-    window = getattr(text, "sliding_window", None)
-    if kinds is not None and not any("sliding" in kind or "chunked" in kind for kind in kinds):
-        return None
-    chunk = getattr(text, "attention_chunk_size", None)
-    found = [size for size in (window, chunk) if size]
-    return min(found) if found else None
+    sizes = [_switch(rope, text) for rope in _ropes(text)]
+    if kinds is None or any("sliding" in kind or "chunked" in kind for kind in kinds):
+        sizes.append(getattr(text, "sliding_window", None))
+        sizes.append(getattr(text, "attention_chunk_size", None))
+    if "local" in (getattr(text, "attention_layers", None) or ()):  # GPT-Neo
+        sizes.append(text.window_size)
+    return min((int(size) for size in sizes if size), default=None)
+
+
+def _ropes(config: Any) -> list[Mapping[str, Any]]:
+    """Return the settings of rotary embeddings, of which a kind of layer may have its own."""
+    given = getattr(config, "rope_parameters", None) or {}
+    nested = [one for one in given.values() if isinstance(one, Mapping)]
+    return nested or [given]
+
+
+def _switch(rope: Mapping[str, Any], config: Any) -> int | None:
+    """Return the longest sequence that rotary embeddings turn as they turn short ones."""
+    kind = rope.get("rope_type")
+    if kind == "longrope":
+        return rope.get("original_max_position_embeddings")
+    return getattr(config, "max_position_embeddings", None) if kind == "dynamic" else None

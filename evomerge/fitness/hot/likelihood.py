@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -62,12 +62,35 @@ def arranged(forward: Forward, asked: Sequence[Continuation], longest: int) -> A
     for one in asked:
         tokens = (*one.context, *one.target)[-(longest + 1) :][:-1]
         sequences.append(Sequenced(tokens, len(tokens) - len(one.target)))
-    most = max((len(one.tokens) for one in sequences), default=0)
     # In a tree a token's distance in the row is not its distance in the text, so sliding
-    # attention would need masks of its own.
-    whole = forward.window is None or most <= forward.window
-    groups = arrange(sequences, forward.trees and whole, forward.prefixes and whole)
+    # attention would need masks of its own; nor may a longer row change how a shorter one is read.
+    within: list[int] = []
+    beyond: list[int] = []
+    for number, sequence in enumerate(sequences):
+        whole = forward.window is None or len(sequence.tokens) <= forward.window
+        (within if whole else beyond).append(number)
+    groups = _arranged(sequences, within, forward.trees, forward.prefixes)
+    groups += _arranged(sequences, beyond, trees=False, prefixes=False)
     return Arrangement(groups, tuple(one.target for one in asked))
+
+
+def _arranged(
+    sequences: Sequence[Sequenced], numbers: Sequence[int], trees: bool, prefixes: bool
+) -> tuple[Group, ...]:
+    """Arrange some of the sequences."""
+    groups = arrange([sequences[number] for number in numbers], trees, prefixes)
+    if len(numbers) == len(sequences):
+        return groups
+    return tuple(
+        replace(
+            group,
+            rows=tuple(
+                replace(row, wanted=tuple((numbers[place], nodes) for place, nodes in row.wanted))
+                for row in group.rows
+            ),
+        )
+        for group in groups
+    )
 
 
 def log_likelihoods(forward: Forward, plan: Arrangement, budget: int) -> list[tuple[float, bool]]:

@@ -32,6 +32,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "sequence_bias": (None,), "exponential_decay_length_penalty": (None,),
     "guidance_scale": (None, 1.0), "watermarking_config": (None,), "penalty_alpha": (None, 0.0),
     "stop_strings": (None,), "max_time": (None,), "prompt_lookup_num_tokens": (None,),
+    "max_new_tokens": (None,),  # of a model's own, before what a task asks for
 }  # fmt: skip
 
 
@@ -107,24 +108,26 @@ class Runner:
         lm = self._lm
         until, most, others = generation_settings(lm, requests[0].args[1])
         texts = [request.args[0] for request in requests]
-        plan = self._plan(
-            ("generate", kind, *texts),
-            lambda: arranged_prompts(
-                self._forward, [self._prompt(text)[-(lm.max_length - most) :] for text in texts]
-            ),
+        if not self._greedy(others):
+            return list(lm.generate_until(list(requests), disable_tqdm=True))
+        plan, within, beyond = self._plan(
+            ("generate", kind, *texts), lambda: self._prompts(texts, most)
         )
-        if not self._greedy(others, plan, most):
-            answers: list[str] = lm.generate_until(list(requests), disable_tqdm=True)
-            return answers
         config = lm.model.generation_config.eos_token_id
         ends = frozenset(config if isinstance(config, list) else [config]) - {None}
         stops = self._stops.setdefault(tuple(until), Stops(lm.tokenizer, until))
         found = self._fitting(
             lambda: generate(self._forward, plan, self.budget, most, ends, stops.reached)
         )
-        return [before_stops(lm.tok_decode(tokens), until) for tokens in found]
+        answers = dict(
+            zip(within, (before_stops(lm.tok_decode(new), until) for new in found), strict=True)
+        )
+        if beyond:
+            rest = lm.generate_until([requests[number] for number in beyond], disable_tqdm=True)
+            answers |= zip(beyond, rest, strict=True)
+        return [answers[number] for number in range(len(texts))]
 
-    def _greedy(self, others: dict[str, Any], plan: Prompts, most: int) -> bool:
+    def _greedy(self, others: dict[str, Any]) -> bool:
         """Return whether plain greedy decoding with a plain cache is what lm-eval would do."""
         lm, forward = self._lm, self._forward
         if any(others.values()) or others.keys() - {"do_sample", "temperature"}:
@@ -135,14 +138,22 @@ class Runner:
         # Rows of different lengths stand side by side, so the model must be told positions.
         if not forward.prefixes or "position_ids" not in forward.takes:
             return False
-        if getattr(lm, "think_end_token", None) is not None:
-            return False
-        if forward.window is None:
-            return True
-        longest = max(
-            len(group.prefix) + len(row.tokens) for group in plan.groups for row in group.rows
-        )
-        return longest + most <= forward.window
+        return getattr(lm, "think_end_token", None) is None
+
+    def _prompts(self, texts: Sequence[str], most: int) -> tuple[Prompts, list[int], list[int]]:
+        """Return prompts whose texts stay within the window, and which these and the others are.
+
+        What others are asked for beside a prompt does not decide how it is answered.
+        """
+        prompts = [self._prompt(text)[-(self._lm.max_length - most) :] for text in texts]
+        window = self._forward.window
+        within = [
+            number
+            for number, tokens in enumerate(prompts)
+            if window is None or len(tokens) + most <= window
+        ]
+        beyond = sorted(set(range(len(texts))) - set(within))
+        return arranged_prompts(self._forward, [prompts[n] for n in within]), within, beyond
 
     def _continuations(self, pairs: Sequence[tuple[str, str]]) -> Arrangement:
         """Tokenise contexts and continuations as ``LM.loglikelihood`` does."""
@@ -172,8 +183,9 @@ class Runner:
         return arranged(self._forward, asked, lm.max_length), owners
 
     def _prompt(self, text: str) -> list[int]:
+        """Tokenise a prompt; one without tokens is read as an empty context is, see above."""
         tokens: list[int] = self._lm.tok_batch_encode([text])[0][0].tolist()
-        return tokens
+        return tokens or [self._lm.prefix_token_id]
 
     def _plan(self, key: Hashable, make: Any) -> Any:
         """Return what was made for the same requests before."""

@@ -35,6 +35,8 @@ class ItemBank:
         error: mean absolute error of the mean score of models that the fit did not see, from the
             even items to the odd ones; 0.0 where it was not measured.
         variance: of an item score within a model, mean over the models; 0.0 where not measured.
+        responses: scores of the models that it was fitted to [M, I], for anchors; None where they
+            are not known, or not of every item.
     """
 
     kind: str
@@ -43,6 +45,7 @@ class ItemBank:
     intercepts: Floats
     error: float = 0.0
     variance: float = 0.0
+    responses: Floats | None = None
 
     def __post_init__(self) -> None:
         count = len(self.ids)
@@ -61,6 +64,15 @@ class ItemBank:
             )
         if not (np.isfinite(self.slopes).all() and np.isfinite(self.intercepts).all()):
             raise InputError("item bank: a parameter is not finite")
+        if self.responses is not None and (
+            self.responses.ndim != 2
+            or self.responses.shape[1] != count
+            or not np.isfinite(self.responses).all()
+        ):
+            raise InputError(
+                f"item bank: responses: expected finite numbers [M, I={count}], got "
+                f"{list(self.responses.shape)}"
+            )
 
     @property
     def dimensions(self) -> int:
@@ -71,7 +83,9 @@ class ItemBank:
     def digest(self) -> str:
         """Hash of the ids and parameters, 32 hex digits."""
         names = json.dumps([self.kind, list(self.ids), self.error, self.variance]).encode()
-        numbers = [array.astype("<f8").tobytes() for array in (self.slopes, self.intercepts)]
+        known = () if self.responses is None else (self.responses,)
+        arrays = (self.slopes, self.intercepts, *known)
+        numbers = [array.astype("<f8").tobytes() for array in arrays]
         return hashlib.blake2b(b"".join([names, *numbers]), digest_size=16).hexdigest()
 
     def select(self, ids: Sequence[str]) -> ItemBank:
@@ -95,6 +109,7 @@ class ItemBank:
             self.intercepts[rows],
             self.error,
             self.variance,
+            None if self.responses is None else self.responses[:, rows],
         )
 
     def save(self, path: Path) -> None:
@@ -106,6 +121,7 @@ class ItemBank:
             "variance": self.variance,
             "digest": self.digest,
         }
+        known: dict[str, Any] = {} if self.responses is None else {"responses": self.responses}
         with path.open("wb") as file:
             np.savez(
                 file,
@@ -113,6 +129,7 @@ class ItemBank:
                 ids=np.array(json.dumps(list(self.ids))),
                 slopes=self.slopes,
                 intercepts=self.intercepts,
+                **known,
             )
 
 
@@ -122,7 +139,7 @@ def load_bank(path: Path) -> ItemBank:
     Raises:
         InputError: no such file, another format, or its digest is not that of its contents.
     """
-    arrays = _arrays(path, ("header", "ids", "slopes", "intercepts"))
+    arrays = _arrays(path, ("header", "ids", "slopes", "intercepts"), ("responses",))
     try:
         header = json.loads(str(arrays["header"]))
         ids = tuple(map(str, json.loads(str(arrays["ids"]))))
@@ -135,6 +152,9 @@ def load_bank(path: Path) -> ItemBank:
             np.asarray(arrays["intercepts"], dtype=np.float64),
             float(header["error"]),
             float(header["variance"]),
+            np.asarray(known, dtype=np.float64)
+            if (known := arrays.get("responses")) is not None
+            else None,
         )
         digest = header["digest"]
     except (KeyError, TypeError, ValueError) as error:
@@ -201,7 +221,9 @@ def _items_first(path: Path, array: NDArray[Any]) -> Floats:
     return np.asarray(array[0].T, dtype=np.float64)
 
 
-def _arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+def _arrays(
+    path: Path, names: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, NDArray[Any]]:
     """Return the named arrays of an npz file, none of which may be pickled."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -210,6 +232,6 @@ def _arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
                 raise InputError(
                     f"{path}: expected arrays {', '.join(names)}, got {', '.join(file.files)}"
                 )
-            return {name: file[name] for name in names}
+            return {name: file[name] for name in (*names, *optional) if name in file.files}
     except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not an npz file of plain arrays: {error}") from error

@@ -154,7 +154,8 @@ def fit_bank(responses: Responses, kind: str = "m2pl", dimensions: int | None = 
         error = held_out(responses, [dimensions], kind)[dimensions].error
     slopes, intercepts = _fit(responses.scores, dimensions, common=kind == "1pl")
     variance = float(np.nanvar(responses.scores, axis=1).mean())
-    return ItemBank(kind, responses.ids, slopes, intercepts, error, variance)
+    complete = responses.scores if np.isfinite(responses.scores).all() else None
+    return ItemBank(kind, responses.ids, slopes, intercepts, error, variance, complete)
 
 
 def held_out(

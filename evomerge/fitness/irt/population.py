@@ -77,10 +77,12 @@ class Population:
         groups: the task or topic of each item [I]; empty for one.
         endpoints: models that were scored on all items.
         bank: item parameters of at least these items.
-        training: scores of the models that the bank was fitted to [M, I]; for anchors.
+        training: scores of the models that the bank was fitted to [M, I]; for anchors. Those that
+            the bank holds, where none are given.
         subset_weights: of a weighted mean over the chosen items, by id; empty where equal.
         random: whether candidates are scored on items drawn at random.
-        within_groups: whether a fixed number of these was drawn from every group.
+        within_groups: how many items were drawn, a fixed number from every group; 0 where they
+            were chosen otherwise.
     """
 
     ids: tuple[str, ...]
@@ -91,7 +93,7 @@ class Population:
     training: Floats | None = None
     subset_weights: Mapping[str, float] = field(default_factory=dict)
     random: bool = True
-    within_groups: bool = False
+    within_groups: int = 0
     _index: Mapping[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -123,6 +125,8 @@ class Population:
             )
         if self.bank is not None:
             object.__setattr__(self, "bank", self.bank.select(self.ids))
+            if self.training is None:
+                object.__setattr__(self, "training", self.bank.responses)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -182,7 +186,7 @@ class Population:
         """Return the population as it is seen through the items of a design."""
         self.rows(design.ids)
         weights = dict(zip(design.ids, design.weights, strict=True)) if design.weights else {}
-        grouped = design.name == "stratified"
+        grouped = len(design.ids) if design.name == "stratified" else 0
         return replace(self, subset_weights=weights, random=design.random, within_groups=grouped)
 
 

@@ -75,9 +75,10 @@ def _variance(
 ) -> Floats:
     """Return the variance of a weighted mean over the draws of its items [n].
 
-    Items that were drawn within their groups differ from draw to draw within them only. Else it
-    is that of the linearised ratio (Cochran 1977, 6.4) with a finite population correction for
-    each item, which for unequal chances is Hajek's (1964) approximation. A single item has none.
+    Items that were drawn within their groups differ from draw to draw within them only; the first
+    ones of them, which a race looks at, are of any group by chance. Else it is that of the
+    linearised ratio (Cochran 1977, 6.4) with a finite population correction for each item, which
+    for unequal chances is Hajek's (1964) approximation. A single item has none.
 
     Args:
         population: of the items.
@@ -86,7 +87,7 @@ def _variance(
         weights: summing to 1 [s].
         unknown: 1 - an item's chance to be drawn [s]; of groups it is their own.
     """
-    if population.within_groups:
+    if population.within_groups == len(rows):
         return _variance_within(population, rows, scores, weights)
     count = scores.shape[1]
     if count == 1:

@@ -49,12 +49,14 @@ def _anchor(
     return {"weight": roots, "density": (1.0,) * len(weights)}
 
 
-def _canonical(columns: tuple[str, ...], row: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the row with the sign of β fixed: β and -β are the same merge, bit for bit."""
+def _twins(columns: tuple[str, ...], row: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:
+    """Return the row with the sign of β fixed, then -β: both are the same merge, bit for bit."""
     places = [n for n, column in enumerate(columns) if column.startswith("weight.")]
     fixed = with_fixed_sign([row[place] for place in places]) if places else ()
-    values = dict(zip(places, fixed, strict=True))
-    return tuple(values.get(place, value) for place, value in enumerate(row))
+    pairs = (fixed, tuple(-value + 0.0 for value in fixed))
+    changes = [dict(zip(places, one, strict=True)) for one in pairs]
+    first, second = (tuple(one.get(n, value) for n, value in enumerate(row)) for one in changes)
+    return first, second
 
 
 LORA_FACTORS = Method(
@@ -76,5 +78,5 @@ LORA_FACTORS = Method(
     plan=_lora_factors,
     anchor=_anchor,
     adapters=True,
-    canonical=_canonical,
+    twins=_twins,
 )  # fmt: skip

@@ -18,8 +18,8 @@ from evomerge.recipe import Recipe
 F64 = npt.NDArray[np.float64]
 
 
-#: Names of the columns and their values to the values of the same merge that recipes hold.
-Canonical = Callable[[tuple[str, ...], tuple[float, ...]], tuple[float, ...]]
+#: From names of columns and their values to all values that are the same merge.
+Twins = Callable[[tuple[str, ...], tuple[float, ...]], tuple[tuple[float, ...], ...]]
 
 
 class Scope(StrEnum):
@@ -86,8 +86,8 @@ class Method:
         adapters: the experts are LoRA adapters of equal form, merged as factors; such a method
             has one row of coefficients for the whole model, and its ``anchor`` says what stands
             for a task arithmetic where factors are added.
-        canonical: (columns, row) → the one of several equal rows that recipes hold; None where
-            no two rows are the same merge.
+        twins: (columns, row) → all rows that are the same merge, the one that recipes hold
+            first; None where no two rows are.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Method:
     plan: Callable[[Recipe, Partition, Stats], Plan]
     anchor: Callable[[tuple[float, ...], Mapping[str, object]], dict[str, tuple[float, ...]] | None]
     adapters: bool = False
-    canonical: Canonical | None = None
+    twins: Twins | None = None
 
     def parameter(self, name: str) -> Parameter:
         """Return a parameter.
