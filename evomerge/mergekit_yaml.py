@@ -65,12 +65,16 @@ def mergekit_config(recipe: Recipe, layout: Layout, sources: Mapping[str, str]) 
     except _InexpressibleError as error:
         return MergekitConfig(None, str(error))
     body = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=100)
-    return MergekitConfig(_HEADER + body)
+    adapters = any("+" in source for source in sources.values())
+    return MergekitConfig(_HEADER + (_ADAPTERS if adapters else "") + body)
 
 
 _HEADER = """\
 # For mergekit 0.1.5 or newer:  mergekit-yaml mergekit_config.yml OUT
 # Models that begin with ./ are directories: run it where they lie, or edit their paths.
+"""
+_ADAPTERS = """\
+# Adapters stand behind a +: mergekit folds them into a folder of yours, --lora-merge-cache DIR.
 """
 
 

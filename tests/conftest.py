@@ -18,6 +18,8 @@ pytest.register_assert_rewrite("evomerge.testing_pool")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# lm-eval bootstraps in processes that it forks, which can hang where a test has left a thread.
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 SaveLlama = Callable[..., Path]
 

@@ -310,16 +310,6 @@ class TestBaselines:
             assert found.space.decode(one.x).digest == one.recipe.digest
             assert min(one.recipe.table[0]) >= 0.0
 
-    @pytest.mark.parametrize("given", ["-1", "true", "some", "{a: 1}"])
-    def test_what_else_they_can_be_is_said(self, project: Path, given: str) -> None:
-        """It was said that -1 should be auto or all."""
-        with pytest.raises(StudyFileError) as caught:
-            load(project / "study.yaml", [f"baselines.experts={given}"])
-        (problem,) = caught.value.problems
-        assert problem.startswith(
-            "baselines.experts: must be auto, all, how many of them (0 or more), or a list of"
-        )
-
     def test_unknown_names_are_problems(self, project: Path) -> None:
         path = project / "study.yaml"
         with pytest.raises(StudyFileError, match=r"baselines.experts: no expert is named 'mathe'"):

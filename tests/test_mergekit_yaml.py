@@ -247,3 +247,12 @@ def test_a_directory_that_mergekit_takes_for_something_else(
     found = mergekit_config(recipe(layout, "linear", "model"), layout, {**SOURCES, **sources})
     assert (found.text is None) == bool(refused)
     assert f"follows + or @ in {refused} for" in found.reason or not refused
+    # Without a folder to fold adapters into, mergekit stops at them.
+    assert ("--lora-merge-cache" in (found.text or "")) == (not refused)
+
+
+def test_models_without_adapters_need_no_folder_to_fold_them_into() -> None:
+    layout = llama()
+    found = mergekit_config(recipe(layout, "linear", "model"), layout, SOURCES)
+    assert found.text is not None
+    assert "--lora-merge-cache" not in found.text
