@@ -11,7 +11,7 @@ coefficients on. Beyond these sizes the figures are those of the prototype on me
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -94,13 +94,20 @@ def choose(problem: SearchProblem) -> Rule:
 def explain(problem: SearchProblem) -> str:
     """Return what ``auto`` takes for ``problem`` and why, in one line."""
     rule = choose(problem)
+    because = rule.because
+    if rule is not choose(replace(problem, parallel=1)):
+        # It is not the size that keeps the surrogate from being taken.
+        because = (
+            f"{problem.parallel} at a time leave fewer than four rounds of trials, in which no "
+            "surrogate can learn: give more trials, or fewer outstanding"
+        )
     noise = "" if problem.noise is None else f", standard errors up to {problem.noise:.2g}"
     several = "s" * (problem.objectives != 1)
     size = (
         f"{problem.dimension} coefficient{'s' * (problem.dimension != 1)}, {problem.budget} "
         f"trials, {problem.objectives} objective{several}, {problem.parallel} outstanding{noise}"
     )
-    return f"{rule.searcher} ({size}: {rule.because})"
+    return f"{rule.searcher} ({size}: {because})"
 
 
 class AutoSearcher:

@@ -103,6 +103,15 @@ def test_auto_follows_its_table(problem: SearchProblem, searcher: str) -> None:
     assert said.startswith(f"{searcher} ({problem.dimension} coefficients, {problem.budget} trials")
 
 
+def test_auto_called_a_small_search_too_large_for_surrogates() -> None:
+    few = SearchProblem(24, 2, 12, 4, 0)
+    assert explain(few).startswith("smsemoa (24 coefficients, 12 trials")
+    assert "4 at a time leave fewer than four rounds" in explain(few)
+    assert "more trials or coefficients" not in explain(few)
+    assert "more trials or coefficients" in explain(SearchProblem(2000, 2, 12, 4, 0))
+    assert explain(replace(few, parallel=2)).startswith("gp_rounds")
+
+
 def test_auto_names_registered_searchers_that_take_the_objectives() -> None:
     for rule in RULES:
         assert SEARCHERS[rule.searcher].multi_objective or rule.objectives[1] == 1
