@@ -131,8 +131,8 @@ def verify(
     """Check an export: its files against their digests, its scores by scoring it again.
 
     The study is not needed, only its tasks. The models that were merged are needed where an
-    objective compares with them, and the base where DIR holds an adapter. Exits with 1 where
-    anything differs from what was recorded.
+    objective compares with them, and the base where DIR holds an adapter. Files that have changed
+    are not loaded. Exits with 1 where anything differs from what was recorded.
     """
     from evomerge.verification import Where, verify_digests
     from evomerge.verification import verify as verify_export

@@ -191,7 +191,7 @@ def export(
         if options.lora is not None:
             kept = _write_adapter(recipe, models, options.lora, temporary)
             evaluation, reason = rescore(temporary) if rescore else (None, "no study at hand")
-            adapter = Adapter(kept, evaluation, reason)
+            adapter = Adapter(kept, evaluation, reason, options.lora)
             copy_companions(models.base, temporary, tokenizer.directory)
         elif not options.recipe_only:
             write_checkpoint(recipe, models, temporary, options.max_shard_bytes)

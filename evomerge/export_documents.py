@@ -37,11 +37,13 @@ class Adapter:
         evaluation: of the base with the adapter, on the items of the export; None where it could
             not be scored.
         reason: why not.
+        asked: rank that was asked for; 0 for the adapter's own.
     """
 
     kept: Kept
     evaluation: Evaluation | None
     reason: str
+    asked: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,13 @@ def adapter_notes(view: StudyView, number: int, adapter: Adapter) -> list[str]:
     """Return what an adapter loses, one sentence each."""
     kept = adapter.kept
     notes = ["The adapter holds the merged factors themselves: nothing of the merge is lost."]
+    if kept.exact and adapter.asked:
+        notes.append(
+            f"The factors have rank {kept.rank} and are written exactly, in this rank, although "
+            f"rank {adapter.asked} was asked for."
+            if adapter.asked > kept.rank
+            else f"The factors have rank {kept.rank} and are written exactly."
+        )
     if not kept.exact:
         notes = [
             f"The adapter has rank {kept.rank}: it keeps {100 * kept.share:.2f} % of the squared "
@@ -322,6 +331,7 @@ def _card(
         metrics=scoring.metrics if scoring is not None else (),
         tasks=scoring.tasks if scoring is not None else (),
         form="adapter" if written.adapter else "merge" if written.weights else "recipe",
+        base=scoring.base if scoring is not None else "",
     )
 
 

@@ -36,6 +36,7 @@ class CardFacts:
         metrics: of the first objectives, empty for a task's own [<= m].
         tasks: of the first objectives [<= m].
         form: whether the directory holds the merge, an adapter of its base, or its recipe only.
+        base: what the user calls the base; its source where empty.
     """
 
     title: str
@@ -55,6 +56,7 @@ class CardFacts:
     metrics: Sequence[str] = ()
     tasks: Sequence[str] = ()
     form: Literal["merge", "adapter", "recipe"] = "merge"
+    base: str = ""
 
 
 def hub_ids(sources: Mapping[str, str]) -> list[str]:
@@ -74,6 +76,7 @@ def model_card(facts: CardFacts) -> str:
         f"---\n{yaml.safe_dump(_front_matter(facts), sort_keys=False)}---\n",
         f"# {facts.title}\n",
         f"{what[facts.form]}, from a study with evomerge {facts.version}. {facts.place}\n",
+        *([_loading(facts)] if facts.form == "adapter" else []),
         _method(facts),
         _scores(facts),
         _configuration(facts),
@@ -164,6 +167,28 @@ def _method(facts: CardFacts) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _base(facts: CardFacts) -> str:
+    """Return the base as its user calls it."""
+    return facts.base or facts.sources[facts.recipe.base.name]
+
+
+def _loading(facts: CardFacts) -> str:
+    """Return how an adapter is put on its base."""
+    source = facts.sources[facts.recipe.base.name]
+    base, revision, named = _base(facts), "", source
+    if source[:1] not in "./~":
+        base, _, commit = source.partition("@")
+        named, revision = base, f", revision={commit!r}" if commit else ""
+    return (
+        "## Load\n\n```python\nfrom peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        f"base = AutoModelForCausalLM.from_pretrained({base!r}{revision})\n"
+        f"model = PeftModel.from_pretrained(base, {facts.title!r})\n```\n\n"
+        f"`base_model_name_or_path` in `adapter_config.json` is `{named}`: edit it where the base "
+        "lies elsewhere and something looks for it by that name.\n"
+    )
+
+
 def _link(source: str) -> str:
     if source[:1] in "./~":
         return f"`{source.removeprefix('./')}` (local)"
@@ -215,9 +240,11 @@ def _reproduction(facts: CardFacts) -> str:
         "of its weights."
     )
     if facts.form != "recipe":
+        local = facts.sources[facts.recipe.base.name][:1] in "./~"
+        base = f" --base {_base(facts)}" if facts.form == "adapter" and local else ""
         again += (
-            " `evomerge verify DIR` compares this directory's files with their digests and its "
-            "scores with those above."
+            f" `evomerge verify DIR{base}` compares this directory's files with their digests "
+            "and its scores with those above."
         )
     if not facts.commands:
         return f"## Reproduce\n\n{again}\n{notes}"

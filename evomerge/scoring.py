@@ -19,6 +19,7 @@ class Scoring:
         tasks: lm-eval task, group or tag of each of the first objectives.
         num_fewshot: of each of them; None for what the task says.
         include_path: folders with task files, as the user wrote them.
+        base: the base, as the user wrote it; of absolute paths the last name only.
         batch_size: requests per forward pass.
         device: ``cpu``, ``cuda``, or empty for lm-eval's choice.
         allow_task_code: whether the tasks run Python code.
@@ -38,6 +39,7 @@ class Scoring:
     unreported: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from evomerge.one_shot import size_bytes
 from evomerge.presentation import STUDY_FILE
 from evomerge.recipe import ModelRef, Recipe
 from evomerge.rescoring import public_settings, read_settings, rescore
-from evomerge.scoring import Scoring
+from evomerge.scoring import Scoring, public_path
 from evomerge.study_view import StudyView
 from evomerge.trial import Evaluation
 
@@ -151,6 +151,7 @@ def _scoring(view: StudyView) -> Scoring | None:
         ),
         metrics=tuple(spec.metric or "" for spec in specs),
         settings=public_settings(file, view.facts),
+        base=public_path(file.models.base),
     )
 
 

@@ -51,12 +51,14 @@ class Verified:
         files: number of recorded files.
         problems: what is wrong with files or weights, one line each.
         objectives: what was scored again; empty where only digests were compared.
+        stopped: whether it was not scored again because files differ.
     """
 
     directory: Path
     files: int
     problems: tuple[str, ...]
     objectives: tuple[Compared, ...] = ()
+    stopped: bool = False
 
     @property
     def equal(self) -> bool:
@@ -92,6 +94,10 @@ class Verified:
         lines = [f"{self.directory}: {problem}" for problem in self.problems]
         if not self.problems:
             lines.append(f"{self.files} files are as they were written")
+        if self.stopped:
+            lines.append(
+                f"{self.directory}: not scored again, because its files are not as written"
+            )
         for one in self.objectives:
             if not one.differing and not one.equal:
                 lines.append(
@@ -151,7 +157,7 @@ def verify_digests(directory: Path) -> Verified:
 
 
 def verify(directory: Path, where: Where) -> Verified:
-    """Check an export: digests, weights, and every recorded item score.
+    """Check an export: digests, and where these agree weights and every recorded item score.
 
     Needs neither the study nor, unless objectives compare with them or the export is an adapter,
     the models that were merged; only the tasks.
@@ -165,6 +171,8 @@ def verify(directory: Path, where: Where) -> Verified:
         EvaluationError: a score is not a number.
     """
     found = verify_digests(directory)
+    if found.problems:  # damaged files need not even load
+        return replace(found, stopped=True)
     recipe = read_recipe(directory / RECIPE_FILE)
     record = read_json_mapping(directory / SCORES_FILE, str(directory))
     adapter = (directory / "adapter_config.json").is_file()
@@ -175,7 +183,7 @@ def verify(directory: Path, where: Where) -> Verified:
         record["reproduce"].get("settings", {}), where.root, where.include, where.allow_code,
         where.device,
     )  # fmt: skip
-    problems = list(found.problems)
+    problems: list[str] = []
     path = directory / RECIPE_FILE
     given = known_models(recipe, path, where.folders, where.sources or {})
     models = None if adapter and given.keys() <= {"base"} else _sources(recipe, directory, given)
@@ -183,7 +191,7 @@ def verify(directory: Path, where: Where) -> Verified:
         base = _base_directory(recipe, models, directory, given)
         scores = rescore(base, settings, items, models, recipe, directory)
     else:
-        problems += _weight_problems(directory, recipe)
+        problems = _weight_problems(directory, recipe)
         scores = rescore(directory, settings, items, models, recipe)
     compared = []
     for objective, score in scores:

@@ -470,6 +470,9 @@ class TestTakeHome:
             ) == 0  # fmt: skip
             scores = json.loads((out / "evomerge_scores.json").read_text())
             assert scores["adapter"]["exact"] is exact
+            notes = " ".join(scores["reproduce"]["notes"])
+            assert ("The factors have rank 3 and are written exactly" in notes) is exact
+            assert ("although rank 64 was asked for" in notes) is (rank == 64)
             assert scores["adapter"]["rank"] == min(rank, 3)
             assert (scores["adapter"]["relative_error"] == 0.0) is exact
         capsys.readouterr()

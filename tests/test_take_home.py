@@ -102,9 +102,26 @@ class TestVerify:
         assert code == 1
         assert facts["equal"] is False
         assert facts["problems"] == ["model.safetensors: has changed since it was written"]
+        assert facts["objectives"] == {}
+        write_sums(elsewhere / "merged")
+        code, out, _ = call(capsys, monkeypatch, "verify", "merged", "--json")
+        facts = json.loads(out)
+        assert code == 1
         differing = [row for one in facts["objectives"].values() for row in one["differing"]]
         assert differing
         assert all(row["recorded"] != row["found"] for row in differing)
+
+    def test_a_damaged_config_was_an_error_of_usage(
+        self, elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (elsewhere / "merged/config.json").write_text("{")
+        monkeypatch.chdir(elsewhere)
+        code, out, err = call(capsys, monkeypatch, "verify", "merged")
+        assert (code, err) == (1, "")
+        assert out.splitlines() == [
+            "merged: config.json: has changed since it was written",
+            "merged: not scored again, because its files are not as written",
+        ]
 
     def test_other_records_are_found_by_score(self, elsewhere: Path) -> None:
         path = elsewhere / "merged/evomerge_scores.json"
@@ -112,6 +129,7 @@ class TestVerify:
         scores = record["reproduce"]["item_scores"]["pick_a"]
         scores[3] = 1.0 - scores[3]
         path.write_text(json.dumps(record))
+        write_sums(elsewhere / "merged")
         found = verify(elsewhere / "merged", Where(elsewhere))
         item = record["reproduce"]["items"]["pick_a"][3]
         assert found.objectives[0].differing == ((item, scores[3], 1.0 - scores[3]),)
@@ -182,6 +200,7 @@ class TestVerify:
         record["reproduce"]["settings"]["fitness"]["allow_task_code"] = True
         path.write_text(json.dumps(record))
         (elsewhere / "merged/own.py").write_text("raise SystemExit('ran')\n")
+        write_sums(elsewhere / "merged")
         with pytest.raises(InputError, match=r"score: scored by Python code .*--allow-task-code"):
             verify(elsewhere / "merged", Where(elsewhere))
 
@@ -202,6 +221,7 @@ class TestVerify:
         record = json.loads(path.read_text())
         change(record)
         path.write_text(json.dumps(record))
+        write_sums(elsewhere / "merged")
         with pytest.raises(InputError, match=message):
             verify(elsewhere / "merged", Where(elsewhere))
 
@@ -434,6 +454,10 @@ class TestLora:
         card = (result.out / "README.md").read_text()
         assert f"it keeps {100 * kept.share:.2f} % of the squared change" in card
         assert "library_name: peft" in card
+        assert "base = AutoModelForCausalLM.from_pretrained('models/base')" in card
+        assert "model = PeftModel.from_pretrained(base, 'l')" in card
+        assert "`base_model_name_or_path` in `adapter_config.json` is `./base`" in card
+        assert "`evomerge verify DIR --base models/base`" in card
         scores = json.loads((result.out / "evomerge_scores.json").read_text())
         assert scores["adapter"]["rank"] == 3
         found = verify(result.out, Where(project, folders=[project / "models"]))
