@@ -109,8 +109,8 @@ class Prepared:
     def informed(self, problem: SearchProblem) -> SearchProblem:
         """Return ``problem`` with what is known here: names, noise, where to start."""
         per_trial = self.file.fitness.items.per_trial
-        noise = expected_noise(self.tasks.objectives, self.splits, per_trial)
         objectives = self.tasks.objectives
+        noise = expected_noise(objectives, self.splits, self.tasks.sources, per_trial)
         weights = tuple(objective.weight * -objective.loss(1.0) for objective in objectives)
         problem = replace(problem, item_weights=weights)
         return informed(problem, self.space, self.baselines, noise)

@@ -80,18 +80,25 @@ def surrogate_versions(searcher: str) -> dict[str, dict[str, str]]:
 
 
 def expected_noise(
-    objectives: Sequence[Objective], splits: Sequence[ItemSplit], per_trial: int | None
+    objectives: Sequence[Objective],
+    splits: Sequence[ItemSplit],
+    sources: Sequence[str | None],
+    per_trial: int | None,
 ) -> float | None:
     """Return the largest standard error that a loss can have, None where that is not known.
 
     A mean of I scores between 0 and 1 has at most ``0.5 / sqrt(I)``; other units have no bound.
+    What draws no items is a property of the merge, and exact.
 
     Args:
         objectives: [m].
         splits: of each objective [m].
+        sources: what its items are drawn from [m]; None where nothing is drawn.
         per_trial: items of a trial, where it is not scored on all of them.
     """
-    if any(objective.unit != "fraction" for objective in objectives):
+    rows = zip(objectives, splits, sources, strict=True)
+    drawn = [(objective, split) for objective, split, source in rows if source is not None]
+    if any(objective.unit != "fraction" for objective, _ in drawn):
         return None
-    counts = [len(split.search) for split in splits]
-    return max(0.5 / sqrt(min(count, per_trial or count)) for count in counts)
+    counts = [len(split.search) for _, split in drawn]
+    return max((0.5 / sqrt(min(count, per_trial or count)) for count in counts), default=0.0)

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from evomerge.errors import InputError
+from evomerge.fitness.splits import ItemSplit
 from evomerge.layout import Layout, Slot, SlotKind, canonical, partition
 from evomerge.recipe import ModelRef, Recipe
 from evomerge.search.protocol import SearchProblem, WarmPoint
-from evomerge.search_facts import informed
+from evomerge.search_facts import expected_noise, informed
 from evomerge.space import Range, Space
 from evomerge.starting import start_baseline, start_point, start_recipe
+from evomerge.trial import Direction, Objective
 
 
 def layout() -> Layout:
@@ -124,3 +126,16 @@ def test_a_start_that_is_not_there_is_refused_with_the_two_forms(tmp_path: Path,
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(InputError, match=r"give a recipe file, or <study directory>:<trial"):
         start_recipe(text, tmp_path)
+
+
+def test_an_objective_that_draws_no_items_is_no_noise() -> None:
+    score = Objective("score", Direction.MAXIMIZE)
+    l2, l1 = (Objective("far", Direction.MINIMIZE, unit) for unit in ("fraction", "coefficients"))
+    hundred = ItemSplit(tuple(str(one) for one in range(100)), (), ())
+    itself = ItemSplit(("0",), ("0",), ("0",))
+    for exact in (l2, l1):
+        noise = expected_noise((score, exact), (hundred, itself), ("task", None), None)
+        assert noise == pytest.approx(0.05)
+    assert expected_noise((score, l2), (hundred, itself), ("task", None), 25) == pytest.approx(0.1)
+    assert expected_noise((l2,), (itself,), (None,), None) == 0.0
+    assert expected_noise((replace(score, unit="nats"),), (hundred,), ("text",), None) is None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import log, pi
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,9 @@ _MOST_POINTS = 300
 
 #: L-BFGS steps per fit; later rounds start where the last one ended.
 _STEPS = 40
+
+#: Log likelihood above that of nothing but noise, below which a fit is tried from the fixed guess.
+_INFORMATIVE = 0.5
 
 #: Bounds of the hyper-parameters, in a unit box and for losses of variance one: length scales
 #: from "changes within a twentieth of the box" to "constant", noise from exact scores to nothing
@@ -105,7 +109,8 @@ def fit_process(points: Array, losses: Array, start: Array | None = None) -> Pro
     Args:
         points: [n, d], n >= 2.
         losses: [n], finite.
-        start: hyper-parameters to begin with; a fixed guess where absent.
+        start: hyper-parameters to begin with; a fixed guess where absent, or where they lead to
+            nothing but noise.
     """
     from scipy.optimize import minimize
     from sklearn.gaussian_process import GaussianProcessRegressor
@@ -128,18 +133,24 @@ def fit_process(points: Array, losses: Array, start: Array | None = None) -> Pro
         value, slope = model.log_marginal_likelihood(theta, eval_gradient=True, clone_kernel=False)
         return -float(value), -np.asarray(slope)
 
-    begin = kernel.theta if start is None else start
-    # scikit-learn's own optimiser warns of every bound that it meets.
-    found = minimize(
-        negative, begin, jac=True, method="L-BFGS-B", bounds=kernel.bounds,
-        options={"maxiter": _STEPS},
-    )  # fmt: skip
-    theta = np.clip(found.x, *kernel.bounds.T)
-    best = GaussianProcessRegressor(kernel.clone_with_theta(theta), alpha=0.0, optimizer=None)
-    best.fit(points, normal)
+    def climb(begin: Array) -> Any:
+        # scikit-learn's own optimiser warns of every bound that it meets.
+        found = minimize(
+            negative, begin, jac=True, method="L-BFGS-B", bounds=kernel.bounds,
+            options={"maxiter": _STEPS},
+        )  # fmt: skip
+        theta = np.clip(found.x, *kernel.bounds.T)
+        fitted = GaussianProcessRegressor(kernel.clone_with_theta(theta), alpha=0.0, optimizer=None)
+        return fitted.fit(points, normal)
+
+    best = climb(kernel.theta if start is None else start)
+    if start is not None and _likelihood(best) < _nothing_but_noise(len(losses)) + _INFORMATIVE:
+        # A start that fitted few points can be so wrong for more that the first step leaps to
+        # length scales at which no point tells of another, and there is no slope there.
+        best = max(best, climb(kernel.theta), key=_likelihood)
     left_out = _left_out_residuals(best)
     return Process(
-        theta,
+        np.asarray(best.kernel_.theta),
         1.0 - float((left_out**2).mean()),
         deviation * float(np.sqrt((left_out**2).mean())),
         best,
@@ -147,6 +158,15 @@ def fit_process(points: Array, losses: Array, start: Array | None = None) -> Pro
         mean,
         deviation,
     )
+
+
+def _likelihood(model: Any) -> float:
+    return float(model.log_marginal_likelihood_value_)
+
+
+def _nothing_but_noise(count: int) -> float:
+    """Return the log likelihood of ``count`` losses of variance one as independent noise."""
+    return -0.5 * count * (log(2.0 * pi) + 1.0)
 
 
 def _left_out_residuals(model: Any) -> Array:

@@ -71,6 +71,38 @@ def test_flat_and_huge_losses_give_finite_predictions(losses: list[float]) -> No
     assert np.isfinite(deviation).all()
 
 
+@pytest.mark.parametrize("seed", [2, 5])
+def test_hyper_parameters_of_few_points_do_not_keep_more_points_from_being_fitted(
+    seed: int,
+) -> None:
+    """Baselines and a design of 24 coefficients, then a batch: R2 was 0.000 with it.
+
+    The losses are nearly determined by the mean coefficients of two experts.
+    """
+    rng = np.random.default_rng(seed)
+    baselines = np.zeros((7, 24))
+    for expert in range(3):
+        baselines[1 + expert, expert::3] = 2 / 3
+    baselines[4:] = np.array([2 / 9, 1 / 3, 8 / 15])[:, None]
+    known = np.concatenate([baselines, rng.random((9, 24))])
+    first, second = known[:, 0::3].mean(axis=1), known[:, 1::3].mean(axis=1)
+    losses = np.tanh(4 * (second - first)) + 0.05 * rng.standard_normal(16)
+    begun = fit_process(known[:11], losses[:11])
+    alone, goes_on = fit_process(known, losses), fit_process(known, losses, begun.theta)
+    assert goes_on.r2 > 0.8
+    assert goes_on.r2 == pytest.approx(alone.r2, abs=0.05)
+    fresh = rng.random((200, 24))
+    true = np.tanh(4 * (fresh[:, 1::3].mean(axis=1) - fresh[:, 0::3].mean(axis=1)))
+    assert np.corrcoef(goes_on(fresh)[0], true)[0, 1] > 0.3  # by chance 0.07; was not defined
+
+
+def test_nothing_but_noise_stays_nothing_but_noise() -> None:
+    rng = np.random.default_rng(0)
+    known, losses = rng.random((40, 3)), rng.standard_normal(40)
+    begun = fit_process(known[:10], losses[:10])
+    assert fit_process(known, losses, begun.theta).r2 < 0.2
+
+
 def test_rounds_find_the_front_of_three_bowls_with_forty_trials() -> None:
     """The true front's share that random search reaches with ten times as many."""
     searcher = make_searcher("gp_rounds", {"batch": 10}, SearchProblem(3, 3, 40, 4, seed=0))
