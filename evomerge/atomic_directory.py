@@ -115,12 +115,13 @@ def _sweep(out: Path) -> None:
 def publish(temporary: Path, out: Path) -> None:
     """Make everything durable, then let it appear under its name."""
     for path in (*sorted(temporary.iterdir()), temporary):
-        _fsync(path)
+        make_durable(path)
     temporary.rename(out)
-    _fsync(out.parent)
+    make_durable(out.parent)
 
 
-def _fsync(path: Path) -> None:
+def make_durable(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from evomerge.atomic_directory import make_durable
 from evomerge.errors import InputError, StorageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -39,7 +40,7 @@ def atomic_file(path: Path, option: str) -> Iterator[Path]:
         try:
             with temporary.open("xb"):
                 yield temporary
-            _make_durable(temporary)
+            make_durable(temporary)
             if out.exists():
                 _give_as(out.stat(), temporary)
             temporary.replace(out)
@@ -67,14 +68,6 @@ def _give_as(before: os.stat_result, path: Path) -> None:
         with suppress(OSError):
             os.chown(path, owner, group)
             return
-
-
-def _make_durable(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _in_words(path: Path, option: str, error: OSError) -> InputError | StorageError:

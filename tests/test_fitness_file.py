@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from library_warnings import LIBRARY_WARNINGS
 from safetensors.numpy import load_file
 from tiny_project import STUDY, tiny_project
 
@@ -24,14 +25,7 @@ from evomerge.recipe import Recipe
 from evomerge.trial import Evaluation, Job
 from evomerge.worker import ModelWorker, ModelWorkerFactory
 
-pytestmark = [
-    # lm-eval, datasets and transformers warn about their own calls of each other.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = LIBRARY_WARNINGS
 
 GOALS = """
   tasks: [{task: pick_a, min: 0.2}, {task: pick_a, metric: margin, name: margin, weight: 2}]

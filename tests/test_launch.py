@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from library_warnings import LIBRARY_WARNINGS
 from tiny_project import tiny_project
 
 from evomerge import launch, take_home
@@ -18,14 +19,7 @@ from evomerge.prepare import Prepared, prepare
 from evomerge.presentation import STUDY_FILE
 from evomerge.study_view import StudyView
 
-pytestmark = [
-    # lm-eval, datasets and transformers warn about their own calls of each other.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = LIBRARY_WARNINGS
 
 
 @pytest.fixture(scope="module")

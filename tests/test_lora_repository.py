@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from lora_adapters import MODULES, save_adapter, save_adapters
+from lora_adapters import MODULES, save_adapter
+from lora_project import NAMES, lora_project, main
 from safetensors.numpy import load_file
-from tiny_project import tiny_project
 
-from evomerge import cli
 from evomerge.config import StudyFile, load
 from evomerge.errors import StudyFileError
 from evomerge.journal import JOURNAL
@@ -35,35 +33,11 @@ from evomerge.study_view import StudyView
 from evomerge.submission import pack
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "experiments/lora_repository/study.yaml"
-NAMES = ("chat", "code", "law", "math", "med", "poet")
-STUDY = """
-name: repository
-models: {base: models/base, experts: adapters}
-space:
-  method: lora_factors
-  partition: model
-  parameters: {weight: {low: -1.5, high: 1.5}, density: {low: 0, high: 1}}
-fitness:
-  tasks: [pick_a]
-  objectives: [{kind: kl, of: law, text: texts.txt}, {kind: distance, norm: l1}]
-  include_path: fitness
-  items: {search: 6, validation: 8, test: 10}
-  batch_size: 8
-search: {searcher: evo_merging, arguments: {population: 4}, trials: 16, finalists: 3}
-baselines: {task_arithmetic: [0.25], experts: 4}
-pool: {kind: serial, workers: 1}
-tracking: {enabled: false}
-"""
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, save_llama: Callable[..., Path]) -> Path:
-    folder = tiny_project(tmp_path_factory.mktemp("repository"), save_llama, STUDY)
-    for name in ("math", "code"):
-        shutil.rmtree(folder / "models" / name)
-    save_adapters(folder / "adapters", NAMES)
-    (folder / "texts.txt").write_text("abcdefgh\nhgfedcba\n" * 12)
-    return folder
+    return lora_project(tmp_path_factory.mktemp("repository"), save_llama)
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +50,6 @@ def prepared(project: Path) -> Prepared:
 def view(project: Path) -> StudyView:
     assert main("run", project / "study.yaml") == 0
     return StudyView.load(project / "studies/repository")
-
-
-def main(*arguments: object) -> int:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
-        patch.setattr(sys, "argv", ["evomerge", *map(str, arguments)])
-        cli.main()
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 def best(view: StudyView) -> int:
@@ -496,50 +462,3 @@ def test_a_recipe_opens_its_models_as_it_needs_them(prepared: Prepared) -> None:
     recipe: Recipe = prepared.baselines[-1].recipe
     assert models_of(recipe, whole).factored
     assert not models_of(alone(whole, 0, "F32"), whole).factored
-
-
-DISTANCE = """
-from pathlib import Path
-from safetensors.torch import load_file
-
-TARGET = load_file(Path(__file__).parent / "target.safetensors")
-
-
-def score(model, tokenizer, items):
-    names = [module + ".weight" for module in MODULES]
-    state = model.state_dict()
-    apart = sum(float((state[name] - TARGET[name]).square().sum()) for name in names)
-    return [apart] * len(items)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("stages", "near"), [("scale", 0.02), ("joint", 0.1)])
-def test_a_search_finds_the_weights_behind_a_merge(
-    project: Path, tmp_path: Path, prepared: Prepared, stages: str, near: float
-) -> None:
-    """The target is a merge with known weights; the search sees the distance from it only."""
-    shutil.copytree(project, tmp_path / "p", ignore=shutil.ignore_patterns("studies"))
-    wanted = np.array([0.9, -0.6, 0.0, 0.4, 0.0, 0.2])
-    values = {f"weight.{name}": weight for name, weight in zip(NAMES, wanted, strict=True)}
-    (tmp_path / "t").mkdir()
-    write_checkpoint(prepared.space.outside(values), prepared.models, tmp_path / "t")
-    shutil.copyfile(tmp_path / "t/model.safetensors", tmp_path / "p/fitness/target.safetensors")
-    (tmp_path / "p/fitness/distance.py").write_text(f"MODULES = {list(MODULES)}\n{DISTANCE}")
-    (tmp_path / "p/fitness/items.jsonl").write_text("1\n2\n3\n")
-    path = tmp_path / "p/study.yaml"
-    goal = "{kind: python, function: fitness/distance.py:score, items: fitness/items.jsonl, "
-    goal += "direction: minimize}"
-    overrides = [
-        "fitness.tasks=[]", f"fitness.objectives=[{goal}]", "search.trials=600",
-        "fitness.items={search: 1, validation: 1, test: 1}",
-        f"search.arguments={{stages: {stages}, weight_l1: 0.0, density_l1: 0.0, sigma: 0.2}}",
-    ]  # fmt: skip
-    if stages == "scale":
-        overrides.append("space.parameters.density=1")
-    assert main("run", path, *(f"--set={one}" for one in overrides)) == 0
-    view = StudyView.load(tmp_path / "p/studies/repository")
-    assert view.knee is not None
-    table = view.trial(view.knee).recipe.table[0]
-    found = np.array(table[:6])
-    assert found == pytest.approx(wanted, abs=near)

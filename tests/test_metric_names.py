@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
-from test_study_economy import study
+from economy_study import study
 from toy_study import OBJECTIVES
 
 from evomerge.metric_names import metric_name, objective_metrics, renamed

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from test_study_economy import study
+from economy_study import study
 from toy_study import OBJECTIVES
 
 from evomerge.feasibility import violation

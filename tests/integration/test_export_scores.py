@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from library_warnings import LIBRARY_WARNINGS
 from small_study import Grid
 
 from evomerge.export import choose, export
@@ -26,14 +27,7 @@ from evomerge.worker import ModelWorkerFactory
 sys.path.append(str(Path(__file__).parent.parent / "fitness"))
 from local_tasks import make_zoo
 
-pytestmark = [
-    # lm-eval, datasets and transformers warn about their own calls of each other.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = LIBRARY_WARNINGS
 
 
 @dataclass(frozen=True)
