@@ -185,8 +185,8 @@ def _loading(facts: CardFacts) -> str:
         f"base = AutoModelForCausalLM.from_pretrained({base!r}{revision})\n"
         f"model = PeftModel.from_pretrained(base, {facts.title!r})\n```\n\n"
         f"`base_model_name_or_path` in `adapter_config.json` is `{named}`: edit it where the base "
-        "lies elsewhere and something looks for it by that name (`evomerge verify` then names the file "
-        "as changed; `SHA256SUMS` is of the original).\n"
+        "lies elsewhere and something looks for it by that name (`evomerge verify` then names "
+        "the file as changed; `SHA256SUMS` is of the original).\n"
     )
 
 
