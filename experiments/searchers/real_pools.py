@@ -5,10 +5,10 @@
 The models are those of `evomerge demo`: a base and three experts, each good at one skill; a fourth
 and a fifth, taught the first two skills once more with other batches, are trained here. Every
 candidate is merged in place by evomerge's engine and scored on the same search items, so equal
-trials are equal item evaluations. What a search measured as best is scored once more on test items
-that no search sees: with one objective the best trial, else the front, of which the score is the
-hypervolume above what the base reaches. Finished searches are kept, so it goes on where it
-stopped; seeds come outermost, so that it may be stopped at any time.
+trials are equal item evaluations. What a search measured as best after a quarter, half and all of
+its trials is scored once more on test items that no search sees: with one objective the best trial,
+else the front, of which the score is the hypervolume above zero accuracy. Finished searches are
+kept, so it goes on where it stopped; seeds come outermost, so that it may be stopped at any time.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ LOW, HIGH = 0.0, 1.5
 SEARCH, TEST = slice(0, 40), slice(600, 700)
 #: Candidates outstanding.
 PARALLEL = 4
+#: Searches are looked at after these shares of their trials.
+SHARES = (0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +89,13 @@ ENTRIES: Mapping[str, tuple[str, dict[str, Any], bool]] = {
     "random": ("random", {}, True),
     "cma": ("cma", {}, True),
     "de": ("de", {}, True),
+    "nevergrad": ("nevergrad", {}, True),
     "oneplusone": ("oneplusone", {}, True),
     "pso": ("pso", {}, True),
+    "tbpsa": ("tbpsa", {}, True),
+    "pymoo-de": ("pymoo-de", {}, True),
+    "pymoo-pso": ("pymoo-pso", {}, True),
+    "pymoo-cmaes": ("pymoo-cmaes", {}, True),
     "ga": ("ga", {}, True),
     "nsga2": ("nsga2", {}, True),
     "smsemoa": ("smsemoa", {}, True),
@@ -109,6 +116,9 @@ ENTRIES: Mapping[str, tuple[str, dict[str, Any], bool]] = {
     "mergenetic": ("nsga2", {"population": 8}, False),
     "mergenetic-1": ("ga", {"population": 8}, False),
 }  # fmt: skip
+
+#: Searchers that are drawn.
+LINES = ("gp_rounds", "random", "cma", "ga", "nsga2", "smsemoa", "map", "mergekit-evolve", "mergenetic")
 
 
 class Answers:
@@ -255,7 +265,8 @@ class Run:
         case: its name.
         entry: of ``ENTRIES``.
         seed: of the searcher.
-        score: test score of what was measured as best.
+        budget: trials.
+        scores: test scores of what was measured as best after ``SHARES`` of the trials.
         overhead: seconds in the searcher per trial.
         chosen: what ``auto`` took.
     """
@@ -263,9 +274,15 @@ class Run:
     case: str
     entry: str
     seed: int
-    score: float
+    budget: int
+    scores: tuple[float, ...]
     overhead: float
     chosen: str
+
+    @property
+    def score(self) -> float:
+        """Test score after all trials."""
+        return self.scores[-1]
 
 
 def search(pool: Pool, entry: str, seed: int, budget: int) -> Run:
@@ -280,6 +297,7 @@ def search(pool: Pool, entry: str, seed: int, budget: int) -> Run:
     searcher = make_searcher(name, arguments, problem)
     spent = time.perf_counter() - spent
     seen = [baseline.recipe for baseline in pool.prepared.baselines]
+    known = len(seen)
     waiting: list[Any] = []
     told = 0
     while told < budget:
@@ -302,7 +320,9 @@ def search(pool: Pool, entry: str, seed: int, budget: int) -> Run:
         spent += time.perf_counter() - begun
         told += 1
     chosen = dict(getattr(searcher, "facts", dict)()).get("auto", "").partition(" ")[0]
-    return Run(case.name, entry, seed, value(pool, seen), spent / max(1, told), chosen)
+    marks = [known + round(share * budget) for share in SHARES]
+    scores = tuple(value(pool, seen[:mark]) for mark in marks)
+    return Run(case.name, entry, seed, budget, scores, spent / max(1, told), chosen)
 
 
 def value(pool: Pool, seen: Sequence[Recipe]) -> float:
@@ -339,7 +359,8 @@ def train_more(work: Path, demo: Path) -> None:
 def table(runs: Sequence[Run], cases: Sequence[Case]) -> str:
     """Return a row per searcher: mean, 95 % half-width and number of seeds.
 
-    Bold is what reaches the best mean within its interval, among those with three seeds or more.
+    Bold is what cannot be told from the best of its column: Welch's t test, two-sided, 5 %. Both
+    need three seeds or more.
     """
     names = [case.name for case in cases if any(run.case == case.name for run in runs)]
     lines = ["| searcher | " + " | ".join(names) + " | ms per trial |"]
@@ -350,35 +371,96 @@ def table(runs: Sequence[Run], cases: Sequence[Case]) -> str:
         for entry in ENTRIES
     }
     best = {
-        name: max((np.mean(found[name, entry]) for entry in ENTRIES if _enough(found[name, entry])),
-                  default=np.inf)
+        name: max((found[name, entry] for entry in ENTRIES if len(found[name, entry]) > 2),
+                  key=lambda scores: float(np.mean(scores)), default=[])
         for name in names
     }  # fmt: skip
     for entry in ENTRIES:
         own = [run for run in runs if run.entry == entry]
         if not own:
             continue
-        cells = [_cell(found[name, entry], float(best[name])) for name in names]
+        cells = [_cell(found[name, entry], best[name]) for name in names]
         slow = 1000 * max(run.overhead for run in own)
         lines.append(f"| {entry} | " + " | ".join(cells) + f" | {slow:.0f} |")
     return "\n".join(lines)
 
 
-def _enough(scores: Sequence[float]) -> bool:
-    return len(scores) > 2
+def level(scores: Sequence[float], best: Sequence[float]) -> bool:
+    """Return whether scores cannot be told from the best ones."""
+    from scipy.stats import ttest_ind
+
+    if min(len(scores), len(best)) < 3:
+        return False
+    if np.mean(scores) == np.mean(best) or np.std([*scores, *best]) == 0:
+        return True
+    if np.std(scores) == np.std(best) == 0:
+        return False  # no spread to hide behind
+    return float(ttest_ind(scores, best, equal_var=False).pvalue) > 0.05
 
 
-def _cell(scores: Sequence[float], best: float) -> str:
-    from scipy.stats import t
-
+def _cell(scores: Sequence[float], best: Sequence[float]) -> str:
     if not scores:
         return ""
     mean, count = float(np.mean(scores)), len(scores)
     if count == 1:
         return f"{mean:.3f} (1)"
-    half = float(t.ppf(0.975, count - 1) * np.std(scores, ddof=1) / np.sqrt(count))
-    text = f"{mean:.3f} ± {half:.3f} ({count})"
-    return f"**{text}**" if _enough(scores) and mean + half >= best else text
+    text = f"{mean:.3f} ± {half_width(scores):.3f} ({count})"
+    return f"**{text}**" if level(scores, best) else text
+
+
+def half_width(scores: Sequence[float]) -> float:
+    """Return half of the mean's 95 % interval (Student's t); 0 for one score."""
+    from scipy.stats import t
+
+    count = len(scores)
+    if count < 2:
+        return 0.0
+    return float(t.ppf(0.975, count - 1) * np.std(scores, ddof=1) / np.sqrt(count))
+
+
+def plot(runs: Sequence[Run], cases: Sequence[Case], entries: Sequence[str], path: Path) -> None:
+    """Draw scores over trials, a panel per case: lines are means, bands 95 % intervals."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = [case for case in cases if any(run.case == case.name for run in runs)]
+    wide = 4 if len(drawn) > 4 else len(drawn)
+    tall = -(-len(drawn) // wide)
+    figure = Figure(figsize=(3.6 * wide, 3.0 * tall + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(tall, wide, squeeze=False)
+    trials = [round(share * runs[0].budget) for share in SHARES]
+    for axes, case in zip(panels.flat, drawn, strict=False):
+        for number, entry in enumerate(entries):
+            rows = [run.scores for run in runs if (run.case, run.entry) == (case.name, entry)]
+            if not rows:
+                continue
+            means = np.mean(rows, axis=0)
+            halves = np.array([half_width(column) for column in zip(*rows, strict=True)])
+            colour = f"C{number}"
+            axes.plot(trials, means, "o-", color=colour, label=entry)
+            axes.fill_between(trials, means - halves, means + halves, color=colour, alpha=0.12)
+        several = case.objectives > 1
+        axes.set_title(case.name)
+        axes.set_xlabel("trials")
+        axes.set_ylabel("hypervolume on test items" if several else "accuracy on test items")
+    for axes in panels.flat[len(drawn) :]:
+        axes.remove()
+    handles = {
+        label: line
+        for axes in panels.flat[: len(drawn)]
+        for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=len(entries)
+    )
+    figure.savefig(path, dpi=110)
+
+
+def read(path: Path) -> Run:
+    """Return a finished search."""
+    values = json.loads(path.read_text())
+    return Run(**{**values, "scores": tuple(values["scores"])})
 
 
 def fits(case: Case, entry: str) -> bool:
@@ -399,7 +481,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--searchers", nargs="+", choices=list(ENTRIES), default=list(ENTRIES))
     parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES])
     parser.add_argument("--report", action="store_true", help="of finished searches; run nothing")
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--markdown", type=Path, help="write the table")
+    parser.add_argument("--plot", type=Path, help="draw scores over trials (.png, .svg)")
+    parser.add_argument("--lines", nargs="+", choices=list(ENTRIES), default=LINES, metavar="NAME",
+                        help="searchers in the plot")  # fmt: skip
     given = parser.parse_args(arguments)
     results = given.work / "results"
     results.mkdir(parents=True, exist_ok=True)
@@ -409,7 +494,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for seed in () if given.report else given.seeds:
         for case in cases:
             for entry in given.searchers:
-                path = results / f"{case.name}-{entry}-{seed}.json"
+                path = results / f"{case.name}-{entry}-{given.budget}-{seed}.json"
                 if path.exists() or not fits(case, entry):
                     continue
                 if case.name not in pools:
@@ -423,11 +508,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 path.write_text(json.dumps(asdict(run)) + "\n")
                 line = f"{case.name}, {entry}, seed {seed}: {run.score:.3f}"
                 print(line, f"({time.perf_counter() - begun:.0f} s)", file=sys.stderr, flush=True)
-    runs = [Run(**json.loads(path.read_text())) for path in sorted(results.glob("*.json"))]
-    runs = [run for run in runs if run.case in given.cases]
+    runs = [read(path) for path in sorted(results.glob(f"*-{given.budget}-*.json"))]
+    runs = [run for run in runs if run.case in given.cases and run.budget == given.budget]
+    if not runs:
+        sys.exit(f"nothing was searched with {given.budget} trials yet")
     print(table(runs, CASES))
     if given.markdown is not None:
         given.markdown.write_text(table(runs, CASES) + "\n")
+    if given.plot is not None:
+        plot(runs, CASES, given.lines, given.plot)
     return 0
 
 
