@@ -113,13 +113,30 @@ def from_scratch(digits: Digits, evaluations: int, seed: int) -> tuple[Setting, 
     return Setting(problem, lambda x: low + x * (high - low)), models
 
 
-def pretrained(digits: Digits, evaluations: int, seed: int) -> tuple[Setting, list[Array]]:
-    """Two coefficients per row; an expert of the digits 0 to 4 and one of 5 to 9."""
-    models = [
+def pair_of(digits: Digits, seed: int) -> list[Array]:
+    """Return an expert of the digits 0 to 4 and one of 5 to 9."""
+    return [
         digits.expert(part, 1000 * seed + number).astype(np.float64)
         for number, part in enumerate((range(5), range(5, 10)))
     ]
+
+
+def pretrained(
+    digits: Digits, evaluations: int, seed: int, pair: list[Array] | None
+) -> tuple[Setting, list[Array]]:
+    """Two coefficients per row of a given pair of experts, or of a new pair for every seed."""
+    models = pair or pair_of(digits, seed)
     return merged(digits, models, digits.rows, evaluations, seed), models
+
+
+def read_pair(path: Path, size: int) -> list[Array]:
+    """Return the two arrays [size] of an .npz file."""
+    with np.load(path) as file:
+        models = [np.asarray(file[name], np.float64) for name in sorted(file.files)]
+    if [model.shape for model in models] != [(size,)] * 2:
+        shapes = ", ".join(str(model.shape) for model in models)
+        raise SystemExit(f"{path}: two arrays of {size} weights are wanted, here are {shapes}")
+    return models
 
 
 def merged(
@@ -205,12 +222,19 @@ def brute_force(digits: Digits, models: list[Array], evaluations: int) -> Array:
     return max(tried, key=lambda weights: digits.right(weights, digits.train).mean())
 
 
-def contenders(part: str, evaluations: int) -> dict[str, Callable[[Digits, int], Array]]:
-    """Return what is compared, as functions of task and seed."""
+def contenders(
+    part: str, evaluations: int, pair: list[Array] | None = None
+) -> dict[str, Callable[[Digits, int], Array]]:
+    """Return what is compared, as functions of task and seed; ``pair``: of experts, fixed."""
     scratch = part == "scratch"
+
+    def start(digits: Digits, evaluations: int, seed: int) -> tuple[Setting, list[Array]]:
+        if scratch:
+            return from_scratch(digits, evaluations, seed)
+        return pretrained(digits, evaluations, seed, pair)
+
     width = WEIGHT[1] - WEIGHT[0]
     noise = NOISE if scratch else 0.0
-    start = from_scratch if scratch else pretrained
     m2n2: dict[str, object] = {
         "archive": 20, "mixing": "one_angle", "mutation": noise / width, "warmup": 0,
     }  # fmt: skip
@@ -222,7 +246,7 @@ def contenders(part: str, evaluations: int) -> dict[str, Callable[[Digits, int],
 
     def chunks(digits: Digits, seed: int) -> Array:
         even = np.diff(np.linspace(0, digits.size, 17).astype(int)).tolist()
-        models = pretrained(digits, evaluations, seed)[1]
+        models = start(digits, evaluations, seed)[1]
         setting = merged(digits, models, tuple(even), evaluations, seed, (0.0, 1.0))
         # From the middle of the box, which is the average, not from one of the experts.
         middle = replace(setting.problem, warm=())
@@ -247,7 +271,7 @@ def contenders(part: str, evaluations: int) -> dict[str, Callable[[Digits, int],
         "linear": registered("m2n2", **{**m2n2, "mixing": "linear"}),
         "two angles": registered("m2n2", **{**m2n2, "mixing": "two_angles"}),
         "brute force": lambda digits, seed: brute_force(
-            digits, pretrained(digits, evaluations, seed)[1], evaluations
+            digits, start(digits, evaluations, seed)[1], evaluations
         ),
         "CMA, 16 chunks": chunks,
     }
@@ -277,6 +301,7 @@ class Run:
         train: accuracy of the best model, share.
         test: on the test images.
         seconds: that it took.
+        pair: of experts: a file's name, or the seed of the one pair; empty for a pair per seed.
     """
 
     part: str
@@ -287,24 +312,27 @@ class Run:
     train: float
     test: float
     seconds: float
+    pair: str = ""
 
     @property
-    def key(self) -> tuple[str, str, int, int, int]:
+    def key(self) -> tuple[str, str, int, int, int, str]:
         """What makes it another run."""
-        return (self.part, self.name, self.seed, self.evaluations, self.hidden)
+        return (self.part, self.name, self.seed, self.evaluations, self.hidden, self.pair)
 
 
 def table(part: str, runs: list[Run]) -> str:
     """Return accuracies per contender, best first, and what M2N2 is ahead by, paired by seed."""
     found = {name: [run for run in runs if run.name == name] for name in {r.name: 0 for r in runs}}
-    m2n2 = {run.seed: run.test for run in found.get("M2N2", [])}
-    lines = [f"| {part} | seeds | train | test | M2N2 is ahead by | published test |"]
-    lines.append("|---|---|---|---|---|---|")
+    m2n2 = {run.seed: run for run in found.get("M2N2", [])}
+    lines = [f"| {part} | seeds | train | test | M2N2 ahead, train | test | published test |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for name, own in sorted(found.items(), key=lambda one: -np.mean([run.test for run in one[1]])):
-        ahead = [m2n2[run.seed] - run.test for run in own if run.seed in m2n2 and name != "M2N2"]
+        pairs = [(m2n2[run.seed], run) for run in own if run.seed in m2n2 and name != "M2N2"]
+        train = interval([one.train - other.train for one, other in pairs]) if pairs else ""
+        test = interval([one.test - other.test for one, other in pairs]) if pairs else ""
         lines.append(
             f"| {name} | {len(own)} | {interval([run.train for run in own])} "
-            f"| {interval([run.test for run in own])} | {interval(ahead) if ahead else ''} "
+            f"| {interval([run.test for run in own])} | {train} | {test} "
             f"| {PUBLISHED[part].get(name, '–')} |"
         )
     return "\n".join(lines)
@@ -316,24 +344,32 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--evaluations", type=int, help="default 5000 scratch, 2000 pretrained")
     parser.add_argument("--hidden", type=int, help="default 32 scratch, 256 pretrained")
+    pairs = parser.add_mutually_exclusive_group()
+    pairs.add_argument("--pair", type=int, metavar="SEED", help="one pair of experts for all seeds")
+    pairs.add_argument("--experts", type=Path, help=".npz with the weights of two, for all seeds")
     parser.add_argument("--only", nargs="+", help="some contenders")
     parser.add_argument("--out", type=Path, help="append one JSON line per run; go on from there")
     given = parser.parse_args()
     scratch = given.part == "scratch"
     evaluations = given.evaluations or (5000 if scratch else 2000)
     digits = Digits(given.hidden or (32 if scratch else 256))
+    pair, label = None, ""
+    if given.experts:
+        pair, label = read_pair(given.experts, digits.size), given.experts.name
+    elif given.pair is not None:
+        pair, label = pair_of(digits, given.pair), str(given.pair)
     runs: list[Run] = []
     if given.out and given.out.exists():
         known = [Run(**json.loads(line)) for line in given.out.read_text().splitlines()]
-        size = (given.part, evaluations, digits.hidden)
-        runs = [run for run in known if (run.part, run.evaluations, run.hidden) == size]
+        same = (given.part, evaluations, digits.hidden, label)
+        runs = [run for run in known if (run.part, run.evaluations, run.hidden, run.pair) == same]
     done = {run.key for run in runs}
-    choice = contenders(given.part, evaluations)
+    choice = contenders(given.part, evaluations, pair)
     # Seeds outermost, so that it may be stopped at any time.
     for seed in range(given.seeds):
         for name, search_model in choice.items():
-            key = (given.part, name, seed, evaluations, digits.hidden)
-            if key in done or (given.only and name not in given.only):
+            run_key = (given.part, name, seed, evaluations, digits.hidden, label)
+            if run_key in done or (given.only and name not in given.only):
                 continue
             began = time.perf_counter()
             model = search_model(digits, seed)
@@ -341,7 +377,7 @@ def main() -> None:
             train, test = (
                 float(digits.right(model, data).mean()) for data in (digits.train, digits.test)
             )
-            runs.append(Run(*key, train, test, seconds))
+            runs.append(Run(*run_key[:-1], train, test, seconds, label))
             if given.out:
                 with given.out.open("a") as file:
                     file.write(json.dumps(asdict(runs[-1])) + "\n")

@@ -118,7 +118,9 @@ ENTRIES: Mapping[str, tuple[str, dict[str, Any], bool]] = {
 }  # fmt: skip
 
 #: Searchers that are drawn.
-LINES = ("gp_rounds", "random", "cma", "ga", "nsga2", "smsemoa", "map", "mergekit-evolve", "mergenetic")
+LINES = (
+    "gp_rounds", "random", "cma", "ga", "nsga2", "smsemoa", "map", "mergekit-evolve", "mergenetic",
+)  # fmt: skip
 
 
 class Answers:
