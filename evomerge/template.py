@@ -11,6 +11,7 @@ def study_template(
     experts: Sequence[tuple[str, str]],
     tasks: Sequence[str],
     adapters: tuple[str, int] | None = None,
+    include: Sequence[str] = (),
 ) -> str:
     """Return a study file to edit; it loads as it stands once the models exist.
 
@@ -20,6 +21,7 @@ def study_template(
         tasks: lm-eval task names; two that run no code where empty.
         adapters: a folder of LoRA adapters and how many it holds, instead of experts: they are
             merged as factors.
+        include: folders with task files of the user's own.
     """
     named = list(experts) or [("math", "models/math"), ("code", "models/code")]
     expert_lines = "\n".join(f"    {_text(name)}: {_text(source)}" for name, source in named)
@@ -39,7 +41,8 @@ def study_template(
         scales = f"[{1 / count:.2g}, {4 / count:.2g}]"
     return _TEMPLATE.format(
         base=_text(base or "models/base"), tasks=task_lines, scales=scales,
-        grid=_ROOTS if adapters is not None else _GRID, **parts,
+        grid=_ROOTS if adapters is not None else _GRID, include=", ".join(map(_text, include)),
+        **parts,
     )  # fmt: skip
 
 
@@ -125,7 +128,7 @@ fitness:
   #   - {{kind: distance, max: 0.1}}
   #   - {{kind: python, function: fitness/mine.py:score, items: fitness/mine.jsonl}}
   # Folders with your own task YAML files.
-  include_path: []
+  include_path: [{include}]
   # allow_task_code: true    # for tasks that run code, such as mbpp: in a container, say
   # Disjoint items of each task: counts, or fractions such as 0.1.
   items:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,53 @@ def include_chain(path: Path) -> tuple[Path, ...]:
 
     visit(path)
     return tuple(chain)
+
+
+def tasks_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the settings behind each name of a task, group or tag that a folder's files define.
+
+    Files that cannot be read are passed over: loading the tasks tells of them.
+
+    Args:
+        folder: looked through with its subfolders; may be absent.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("**/*.yaml")):
+        try:
+            settings: dict[str, Any] = {}
+            for file in reversed(include_chain(path)):
+                settings |= read_yaml(file)
+        except TaskError:
+            continue
+        tag = settings.get("tag") or ()
+        names = [settings.get("task"), settings.get("group"), *([tag] if tag == str(tag) else tag)]
+        for name in names:
+            if isinstance(name, str):
+                found.setdefault(name, settings)
+    return found
+
+
+def unknown_task(name: str, known: Sequence[str], folders: Sequence[Path]) -> str:
+    """Return the line that tells a user why a task is unknown.
+
+    Args:
+        name: of the task.
+        known: names of all tasks, groups and tags.
+        folders: with task files of the user's own.
+    """
+    # Below 0.8 lm-eval's 14,000 names hold something like anything: a guess that misleads.
+    near = get_close_matches(name, known, n=1, cutoff=0.8)
+    line = f"unknown task {name!r}"
+    line += f" (did you mean {near[0]!r}?)" if near else " (`lm_eval ls tasks` lists lm-eval's own)"
+    if not folders:
+        return line + "; your own tasks need fitness.include_path: the folder of their YAML files"
+    line += f"; no task file in fitness.include_path defines it: {', '.join(map(str, folders))}"
+    for path in (path for folder in folders for path in sorted(folder.glob("**/*.yaml"))):
+        try:
+            include_chain(path)
+        except TaskError as error:
+            line += f"; {error}"
+    return line
 
 
 def functions_in(path: Path) -> tuple[str, ...]:

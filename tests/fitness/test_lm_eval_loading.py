@@ -53,7 +53,8 @@ def test_unknown_task_gets_the_nearest_name_and_all_problems_are_told(
     with pytest.raises(TaskError) as caught:
         load(zoo, TaskSpec("gen_regx"), TaskSpec("likely"), TaskSpec("choice", "f1"))
     assert str(caught.value).splitlines() == [
-        "tasks[0]: unknown task 'gen_regx' (did you mean 'gen_regex'?)",
+        "tasks[0]: unknown task 'gen_regx' (did you mean 'gen_regex'?); no task file in "
+        f"fitness.include_path defines it: {zoo.tasks}",
         "tasks[2].metric: 'f1' not produced by 'choice' (has acc, acc_norm; evomerge adds margin, "
         "reference_loglikelihood)",
     ]
