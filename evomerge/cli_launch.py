@@ -82,12 +82,12 @@ def init(
     from evomerge.template import study_template
 
     notes: tuple[str, ...] = ()
-    include = _include_paths(folders, tasks, file)
+    include, ungraded = _own_tasks(folders, tasks, file)
     if adapters is not None and experts:
         raise InputError("init: --adapters names the experts already (drop --expert)")
     if evolve is None:
         text = study_template(
-            base, expert_pairs(experts), tasks, _adapters(adapters, file), include
+            base, expert_pairs(experts), tasks, _adapters(adapters, file), include, ungraded
         )
     elif base or experts or tasks or adapters:
         raise InputError("init: --mergekit-evolve names models and tasks already (drop the others)")
@@ -110,13 +110,17 @@ def init(
     click.echo(f"wrote {file}; edit it, then: evomerge check {file}")
 
 
-def _include_paths(folders: tuple[str, ...], tasks: tuple[str, ...], file: Path) -> tuple[str, ...]:
-    """Return the folders of task files; ``fitness`` beside the file where it defines a task.
+def _own_tasks(
+    folders: tuple[str, ...], tasks: tuple[str, ...], file: Path
+) -> tuple[tuple[str, ...], set[str]]:
+    """Return the folders of task files, and which tasks there have no reference answers.
+
+    ``fitness`` beside the file is such a folder where it defines one of the tasks.
 
     Raises:
         InputError: a folder is none, as the study file will see it.
     """
-    from evomerge.fitness.task_files import tasks_in
+    from evomerge.fitness.task_files import has_reference, tasks_in
 
     root = file.resolve().parent
     for folder in folders:
@@ -125,9 +129,10 @@ def _include_paths(folders: tuple[str, ...], tasks: tuple[str, ...], file: Path)
                 f"init: --include-path: no such folder: {root / folder} (give the folder of your "
                 f"task files; relative paths start from the study file's folder, {root})"
             )
-    if folders or tasks_in(root / "fitness").keys().isdisjoint(tasks):
-        return folders
-    return ("fitness",)
+    found = {name: own for folder in folders or ("fitness",)
+             for name, own in tasks_in(root / folder).items()}  # fmt: skip
+    ungraded = {name for name, own in found.items() if not has_reference(own)}
+    return folders if folders or found.keys().isdisjoint(tasks) else ("fitness",), ungraded
 
 
 def _adapters(folder: str | None, file: Path) -> tuple[str, int] | None:

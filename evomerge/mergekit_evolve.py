@@ -62,9 +62,7 @@ class _Reading:
         return InputError(f"{self.source}: {key}: {expected}")
 
 
-def study_from_evolve(
-    path: Path, trials: int = 100, include: Sequence[str] = ()
-) -> Converted:
+def study_from_evolve(path: Path, trials: int = 100, include: Sequence[str] = ()) -> Converted:
     """Return the study file of a mergekit-evolve config.
 
     Args:

@@ -13,6 +13,7 @@ from evomerge.front_page import FrontData, FrontPoint, Kind, Measured
 from evomerge.gain import best_expert, gains, trial_name
 from evomerge.journal import JOURNAL
 from evomerge.lineage import lineage_html
+from evomerge.merge.methods import METHODS
 from evomerge.projection import Projection
 from evomerge.recipe import listed
 from evomerge.redaction import redacted
@@ -47,8 +48,10 @@ def study_name(view: StudyView) -> str:
 
 
 def export_command(view: StudyView, pick: str, out: str) -> str:
-    """Return a command to paste."""
-    return f"evomerge export {shown_directory(view)} {pick} --out {out}"
+    """Return a command to paste; it writes an adapter where adapters were merged as factors."""
+    method = METHODS.get(view.trials[0].recipe.method) if view.trials else None
+    form = " --lora" if method is not None and method.adapters else ""
+    return f"evomerge export {shown_directory(view)} {pick}{form} --out {out}"
 
 
 def shown_directory(view: StudyView) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 
 
 def study_template(
@@ -12,6 +13,7 @@ def study_template(
     tasks: Sequence[str],
     adapters: tuple[str, int] | None = None,
     include: Sequence[str] = (),
+    ungraded: Collection[str] = (),
 ) -> str:
     """Return a study file to edit; it loads as it stands once the models exist.
 
@@ -22,10 +24,12 @@ def study_template(
         adapters: a folder of LoRA adapters and how many it holds, instead of experts: they are
             merged as factors.
         include: folders with task files of the user's own.
+        ungraded: tasks without reference answers; they keep their own metric beside adapters.
     """
     named = list(experts) or [("math", "models/math"), ("code", "models/code")]
     expert_lines = "\n".join(f"    {_text(name)}: {_text(source)}" for name, source in named)
-    task_lines = "\n".join(f"    - {_task(task)}" for task in tasks or list(_TASKS))
+    entry = _task if adapters is None else partial(_reference, ungraded=ungraded)
+    task_lines = "\n".join(f"    - {entry(task)}" for task in tasks or list(_TASKS))
     comment = "  # Fine-tunes of that base, with short names. Their order is kept.\n"
     parts = {"experts": f"{comment}  experts:\n{expert_lines}", "space": _SPACE, "search": _SEARCH}
     scales = "[0.3, 0.5, 0.7, 0.9, 1.1]"
@@ -33,6 +37,7 @@ def study_template(
         folder, count = adapters
         trials = max(150, 1200 * count // 100)
         comment = "  # Adapters of that base: every subfolder is one, by its name.\n"
+        task_lines = _NATS + task_lines
         parts = {
             "experts": f"{comment}  experts: {_text(folder)}",
             "space": _FACTORS,
@@ -55,6 +60,13 @@ _TASKS = {
 
 def _task(name: str) -> str:
     return _TASKS.get(name) or _text(name)
+
+
+def _reference(name: str, ungraded: Collection[str]) -> str:
+    """Return the task with the metric in whose unit, nats, the L1 terms of evo_merging are."""
+    if name in ungraded:
+        return _task(name)
+    return f"{{task: {_text(name)}, metric: reference_loglikelihood}}"
 
 
 def _text(value: str) -> str:
@@ -85,6 +97,11 @@ _SEARCH = """\
   # evomerge list searchers
   searcher: auto             # by trials, coefficients and objectives; check says which
   trials: 150"""
+
+_NATS = """\
+  # The log-likelihood of the right answers: smooth, and in the unit that the searcher's L1 terms
+  # are made for. Where there are none, as for perplexities: - TASK, with its own metric.
+"""
 
 _EVO_MERGING = """\
   # CMA-ES, first on densities, then on weights; stages: joint, scale or denoise instead.

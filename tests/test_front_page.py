@@ -90,6 +90,18 @@ class TestData:
             "evomerge export 'studies/my study' --knee --out out"
         )
 
+    def test_merged_factors_are_taken_home_as_an_adapter(self, view: StudyView) -> None:
+        """They were advised to be written as a whole checkpoint."""
+        factors = tuple(
+            replace(trial, recipe=replace(trial.recipe, method="lora_factors"))
+            for trial in view.trials
+        )
+        commands = [
+            export_command(replace(view, trials=trials), "--knee", "out")
+            for trials in (factors, view.trials)
+        ]
+        assert [" --knee --lora --out out" in command for command in commands] == [True, False]
+
 
 class TestPage:
     def test_asks_for_nothing_outside_itself(self, data: FrontData) -> None:

@@ -177,6 +177,9 @@ class TestStudyFile:
         assert (file.space.method, file.space.partition) == ("lora_factors", "model")
         assert file.search.searcher == "evo_merging"
         assert file.baselines.task_arithmetic == [0.17, 0.67]
+        assert [getattr(one, "metric", None) for one in file.fitness.tasks] == [
+            "reference_loglikelihood"
+        ]
         assert main("init", tmp_path / "b.yaml", "--adapters", "nowhere") == 2
         assert main("init", tmp_path / "b.yaml", "--adapters", "a", "--expert", "a=b") == 2
         errors = capsys.readouterr().err

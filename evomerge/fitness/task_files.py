@@ -18,6 +18,7 @@ import yaml
 from jinja2.sandbox import SandboxedEnvironment
 
 from evomerge.errors import TaskError
+from evomerge.fitness.measures import MEASURES
 
 #: Loaders of the ``datasets`` library that read local files; "dataset_path: json" is not a folder.
 FILE_LOADERS = ("arrow", "csv", "json", "parquet", "text", "webdataset", "xml")
@@ -91,6 +92,21 @@ def tasks_in(folder: Path) -> dict[str, dict[str, Any]]:
             if isinstance(name, str):
                 found.setdefault(name, settings)
     return found
+
+
+def has_reference(settings: Mapping[str, Any]) -> bool:
+    """Return whether a task's file lets it have the metric ``reference_loglikelihood``.
+
+    Groups are taken to: their tasks have files of their own.
+
+    Args:
+        settings: of a task or group, includes merged.
+    """
+    if "group" in settings:
+        return True
+    kinds = MEASURES["reference_loglikelihood"].kinds
+    kind = settings.get("output_type", "generate_until")  # lm-eval's default
+    return kind in kinds and settings.get("doc_to_target") is not None
 
 
 def unknown_task(name: str, known: Sequence[str], folders: Sequence[Path]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evomerge.fitness.task_files import unknown_task
+from evomerge.fitness.task_files import has_reference, tasks_in, unknown_task
 
 
 def test_a_task_of_ones_own_got_a_guess_instead_of_advice(tmp_path: Path) -> None:
@@ -17,3 +17,19 @@ def test_a_task_of_ones_own_got_a_guess_instead_of_advice(tmp_path: Path) -> Non
         "unknown task 'gen_regx' (did you mean 'gen_regex'?); no task file in "
         f"fitness.include_path defines it: {tmp_path}"
     )
+
+
+def test_which_tasks_have_reference_answers(tmp_path: Path) -> None:
+    (tmp_path / "common").write_text("output_type: multiple_choice\ndoc_to_target: label\n")
+    (tmp_path / "choice.yaml").write_text("include: common\ntask: choice\ntag: [both, mine]\n")
+    (tmp_path / "free.yaml").write_text("task: free\ndoc_to_target: '{{answer}}'\n")
+    (tmp_path / "none.yaml").write_text("task: none\n")
+    (tmp_path / "book.yaml").write_text(
+        "task: book\noutput_type: loglikelihood_rolling\ndoc_to_target: text\n"
+    )
+    (tmp_path / "all.yaml").write_text("group: all\ntask: [choice, free]\n")
+    found = {name: has_reference(settings) for name, settings in tasks_in(tmp_path).items()}
+    assert found == {
+        "all": True, "book": False, "choice": True, "both": True, "mine": True, "free": True,
+        "none": False,
+    }  # fmt: skip
