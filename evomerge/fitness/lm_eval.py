@@ -232,7 +232,10 @@ class _TaskIndex:
 
         for path in include_paths:
             if not path.is_dir():
-                raise TaskError(f"include_path: {path} is not a folder")
+                raise TaskError(
+                    f"include_path: {path.absolute()} is not a folder (of task files; verify takes "
+                    "--root FOLDER, that of the study file, or --include FOLDER)"
+                )
         self._include_paths = include_paths
         self._allow_task_code = allow_task_code
         self._reachable = functools.cache(reachable)  # a hub that is away costs its wait once

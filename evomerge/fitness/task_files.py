@@ -228,8 +228,18 @@ def _found(name: str, roots: Sequence[Path], key: str) -> str:
         # glob.glob, unlike Path.glob, takes absolute patterns too.
         if (root / name).exists() or glob.glob(str(root / name), recursive=True):  # noqa: PTH207
             return str((root / name).absolute())
-    looked = ", ".join(str(root) for root in dict.fromkeys(roots))
-    raise TaskError(f"{key}: {name!r} not found (looked in {looked})")
+    raise TaskError(f"{key}: {name!r} not found {_where_it_may_be(name, roots)}")
+
+
+def _where_it_may_be(name: str, roots: Sequence[Path]) -> str:
+    """Return where a file was looked for, and from which folder above it would be found."""
+    folders = list(dict.fromkeys(root.absolute() for root in roots))
+    looked = f"(looked in {', '.join(map(str, folders))}"
+    above = (folder for root in folders for folder in root.parents)
+    near = next((folder for folder in above if (folder / name).exists()), None)
+    if near is None:
+        return f"{looked}; put it into one of them, or start where the path starts from)"
+    return f"{looked}; it is in {near}: start evomerge there, or verify with --root {near})"
 
 
 def load_problem(name: str, config: Mapping[str, Any], error: Exception, offline: bool) -> str:

@@ -137,7 +137,7 @@ def test_no_task(zoo: Zoo) -> None:
 
 
 def test_missing_include_path(zoo: Zoo) -> None:
-    with pytest.raises(TaskError, match=r"include_path: .*/nowhere is not a folder"):
+    with pytest.raises(TaskError, match=r"nowhere is not a folder \(.*--root FOLDER"):
         LmEvalTasks.load([TaskSpec("choice")], (zoo.root / "nowhere",), zoo.root)
 
 
@@ -402,7 +402,8 @@ def test_data_is_found_from_any_directory(
     with pytest.raises(TaskError) as caught:
         digest(None)
     assert str(caught.value) == (
-        f"tasks[0]: data_files: 'data/train.jsonl' not found (looked in {tmp_path}, {folder})"
+        f"tasks[0]: data_files: 'data/train.jsonl' not found (looked in {tmp_path}, {folder}; put "
+        "it into one of them, or start where the path starts from)"
     )
     shutil.copytree(zoo.root / "data", folder / "data")  # beside the task file
     assert digest(None) == want

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evomerge.fitness.task_files import has_reference, tasks_in, unknown_task
+import pytest
+
+from evomerge.errors import TaskError
+from evomerge.fitness.task_files import has_reference, resolve_data, tasks_in, unknown_task
 
 
 def test_a_task_of_ones_own_got_a_guess_instead_of_advice(tmp_path: Path) -> None:
@@ -33,3 +36,20 @@ def test_which_tasks_have_reference_answers(tmp_path: Path) -> None:
         "all": True, "book": False, "choice": True, "both": True, "mine": True, "free": True,
         "none": False,
     }  # fmt: skip
+
+
+def test_data_that_lies_above_was_just_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fitness").mkdir()
+    (tmp_path / "fitness/sort.jsonl").write_text("{}")
+    (tmp_path / "sub/studies").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "sub/studies")
+    task = {"dataset_path": "json", "dataset_kwargs": {"data_files": "fitness/sort.jsonl"}}
+    with pytest.raises(TaskError) as caught:
+        resolve_data(task, [Path()])
+    assert str(caught.value) == (
+        f"data_files: 'fitness/sort.jsonl' not found (looked in {tmp_path / 'sub/studies'}; it is "
+        f"in {tmp_path}: start evomerge there, or verify with --root {tmp_path})"
+    )
+    assert resolve_data(task, [Path(), tmp_path])[1]
