@@ -8,7 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from evomerge.advice import adapter_warnings, study_warnings
-from evomerge.capacity import MemoryEstimate, capacity_warnings, temporary_warnings
+from evomerge.capacity import MemoryEstimate, capacity_warnings, require_gpus, temporary_warnings
 from evomerge.config import StudyFile
 from evomerge.direction_grams import direction_grams
 from evomerge.economy import planned_trials, wants_margins
@@ -123,10 +123,15 @@ class Prepared:
         return explain(self.informed(search_size(self.file, self.space, self.splits)))
 
     def make_pool(self, wrap: Callable[[WorkerFactory], WorkerFactory] = lambda one: one) -> Pool:
-        """Build the pool of the study file, of workers that ``wrap`` may change."""
+        """Build the pool of the study file, of workers that ``wrap`` may change.
+
+        Raises:
+            EvomergeError: it cannot start; at once where this machine lacks the GPUs asked for.
+        """
         pool = self.file.pool
         if pool.kind == "serial":
             return SerialPool(wrap(self.factory))
+        require_gpus(pool)
         from evomerge.ray_pool import RayPool
 
         return RayPool(
