@@ -85,11 +85,11 @@ def test_check_warns_of_missing_gpus_and_says_nothing_of_a_cluster(
 def test_run_waited_for_ray_before_it_missed_the_gpus(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Joined(Exception):
+    class JoinedError(Exception):
         """Instead of a Ray."""
 
     def started(*_: object, **__: object) -> None:
-        raise Joined
+        raise JoinedError
 
     monkeypatch.setattr("evomerge.ray_pool.RayPool", started)
     monkeypatch.setattr(capacity, "gpu_count", lambda: 1)
@@ -102,10 +102,10 @@ def test_run_waited_for_ray_before_it_missed_the_gpus(
     assert "error: pool.gpus_per_worker: 2 workers with 1 GPU each need 2, this machine has 1" in (
         " ".join(err.split())
     )
-    with pytest.raises(Joined):
+    with pytest.raises(JoinedError):
         prepared(project, two.replace("2", "1")).make_pool()
     monkeypatch.setenv("RAY_ADDRESS", "auto")  # its nodes may still join
-    with pytest.raises(Joined):
+    with pytest.raises(JoinedError):
         prepared(project, two).make_pool()
 
 
