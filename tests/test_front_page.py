@@ -114,6 +114,18 @@ class TestPage:
     def test_is_small(self, data: FrontData) -> None:
         assert len(front_html(data)) < 45_000
 
+    def test_it_did_not_say_that_it_shows_other_items_than_the_pictures(
+        self, data: FrontData
+    ) -> None:
+        assert embedded(front_html(data))["items"] == (
+            "Drawn: front and baselines by validation items; other trials by search or validation "
+            "items. The table below has test scores too; PNG and terminal plots are drawn by those."
+        )
+        early = [replace(point, validation=None, test=None) for point in data.points]
+        page = front_html(replace(data, points=tuple(early)))
+        assert embedded(page)["items"] == "Drawn: scores on search items."
+        assert page.count('$("items").textContent') == page.count('id="items"') == 1
+
     def test_carries_all_splits(self, data: FrontData, view: StudyView) -> None:
         page = embedded(front_html(data))
         assert view.knee is not None
