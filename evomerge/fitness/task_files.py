@@ -86,8 +86,9 @@ def tasks_in(folder: Path) -> dict[str, dict[str, Any]]:
                 settings |= read_yaml(file)
         except TaskError:
             continue
-        tag = settings.get("tag") or ()
-        names = [settings.get("task"), settings.get("group"), *([tag] if tag == str(tag) else tag)]
+        tag = settings.get("tag")
+        tags = tag if isinstance(tag, list) else [tag]
+        names = [settings.get("task"), settings.get("group"), *tags]
         for name in names:
             if isinstance(name, str):
                 found.setdefault(name, settings)
