@@ -99,6 +99,16 @@ def open_adapter(
     )
 
 
+def require_readable(directory: Path, where: str) -> None:
+    """Check what can be of an adapter without its base.
+
+    Raises:
+        ModelError: its config or the header of its weights cannot be used.
+    """
+    _, weights = _read_config(directory, where)
+    read_header(weights, where)
+
+
 def _read_config(directory: Path, where: str) -> tuple[Mapping[str, Any], Path]:
     """Return the config of an adapter of plain LoRA, and its file of weights."""
     config = read_json_mapping(directory / _CONFIG, where)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from evomerge.checkpoint import ITEM_BYTES
 from evomerge.config import PoolSection
+from evomerge.errors import InputError
 from evomerge.memory import available_bytes, gpu_bytes, neighbours
 from evomerge.merge.factor_sources import factor_bytes, stored_bytes
 from evomerge.merge.residency import Needs, Residency, Room, choose, gigabytes
@@ -175,10 +176,24 @@ def _gpu_warnings(pool: PoolSection, workers: int) -> list[str]:
     if asked:
         return [
             f"pool.gpus_per_worker: {workers} worker{'s' * (workers != 1)} with "
-            f"{pool.gpus_per_worker:g} GPU each need {wanted:g}, {has} (Ray would wait for the "
-            "rest; use fewer workers, or 0 to work on the CPU)"
+            f"{pool.gpus_per_worker:g} GPU each need {wanted:g}, {has}, and no more can "
+            "join (use fewer workers, 0 to work on the CPU, or a cluster: RAY_ADDRESS, or evomerge "
+            "submit)"
         ]
     return [f"pool.device: cuda needs a GPU, {has} (cpu, or auto, works without)"]
+
+
+def require_gpus(pool: PoolSection) -> None:
+    """Refuse GPUs that a Ray started here can never get; a cluster's nodes may still join.
+
+    Raises:
+        InputError: this machine has fewer than the workers ask for.
+    """
+    asked = pool.kind == "ray" and pool.gpus_per_worker > 0
+    if asked and not os.environ.get("RAY_ADDRESS"):
+        problems = _gpu_warnings(pool, pool.workers)
+        if problems:
+            raise InputError("\n".join(problems))
 
 
 def gpu_count() -> int:

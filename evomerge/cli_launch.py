@@ -58,12 +58,16 @@ def demo(out: Path, trials: int | None, workers: int | None, quick: bool) -> Non
 )  # fmt: skip
 @click.option("--task", "tasks", multiple=True, help="lm-eval task; repeat for each objective.")
 @click.option(
+    "--include-path", "folders", multiple=True, metavar="FOLDER",
+    help="Folder with your own task files; repeat for each. FILE's fitness/ where that has a task.",
+)  # fmt: skip
+@click.option(
     "--mergekit-evolve", "evolve", type=click.Path(path_type=Path), default=None,
     metavar="CONFIG.yml", help="Take everything from a mergekit-evolve config, as it is.",
 )  # fmt: skip
 def init(
     file: Path, base: str | None, experts: tuple[str, ...], adapters: str | None,
-    tasks: tuple[str, ...], evolve: Path | None,
+    tasks: tuple[str, ...], folders: tuple[str, ...], evolve: Path | None,
 ) -> None:  # fmt: skip
     """Write a commented study file for your models.
 
@@ -71,22 +75,26 @@ def init(
     evomerge init study.yaml --base meta-llama/Llama-3.1-8B \\
         --expert math=org/llama-math --expert code=./models/code --task gsm8k \\
         --task arc_challenge
-    evomerge init study.yaml --base models/base --adapters adapters/ --task my_task
+    evomerge init study.yaml --base models/base --adapters adapters/ --task my_task \\
+        --include-path fitness
     evomerge init study.yaml --mergekit-evolve evolve.yml
     """
     from evomerge.template import study_template
 
     notes: tuple[str, ...] = ()
+    include, ungraded = _own_tasks(folders, tasks, file)
     if adapters is not None and experts:
         raise InputError("init: --adapters names the experts already (drop --expert)")
     if evolve is None:
-        text = study_template(base, expert_pairs(experts), tasks, _adapters(adapters, file))
+        text = study_template(
+            base, expert_pairs(experts), tasks, _adapters(adapters, file), include, ungraded
+        )
     elif base or experts or tasks or adapters:
         raise InputError("init: --mergekit-evolve names models and tasks already (drop the others)")
     else:
         from evomerge.mergekit_evolve import study_from_evolve
 
-        converted = study_from_evolve(evolve)
+        converted = study_from_evolve(evolve, include=include)
         text, notes = converted.text, converted.notes
     try:
         with file.open("x", encoding="utf-8") as handle:
@@ -95,9 +103,36 @@ def init(
         raise InputError(f"{file}: exists already (give another name, or remove it)") from error
     except OSError as error:
         raise InputError(f"{file}: cannot be written: {error.strerror}") from error
+    if include and not folders:
+        notes += ("fitness.include_path is fitness/, which defines the tasks (or some of them)",)
     for note in notes:
         click.echo(f"note: {note}")
     click.echo(f"wrote {file}; edit it, then: evomerge check {file}")
+
+
+def _own_tasks(
+    folders: tuple[str, ...], tasks: tuple[str, ...], file: Path
+) -> tuple[tuple[str, ...], set[str]]:
+    """Return the folders of task files, and which tasks there have no reference answers.
+
+    ``fitness`` beside the file is such a folder where it defines one of the tasks.
+
+    Raises:
+        InputError: a folder is none, as the study file will see it.
+    """
+    from evomerge.fitness.task_files import has_reference, tasks_in
+
+    root = file.resolve().parent
+    for folder in folders:
+        if not (root / folder).is_dir():
+            raise InputError(
+                f"init: --include-path: no such folder: {root / folder} (give the folder of your "
+                f"task files; relative paths start from the study file's folder, {root})"
+            )
+    found = {name: own for folder in folders or ("fitness",)
+             for name, own in tasks_in(root / folder).items()}  # fmt: skip
+    ungraded = {name for name, own in found.items() if not has_reference(own)}
+    return folders if folders or found.keys().isdisjoint(tasks) else ("fitness",), ungraded
 
 
 def _adapters(folder: str | None, file: Path) -> tuple[str, int] | None:

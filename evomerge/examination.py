@@ -16,7 +16,7 @@ from evomerge.errors import EvomergeError, InputError, SetupError
 from evomerge.fitness.composite import Composite
 from evomerge.fitness.splits import ItemSplit
 from evomerge.fitness_file import file_fitness, file_splits
-from evomerge.merge.factor_sources import factored
+from evomerge.merge.factor_sources import factor_problems, factored
 from evomerge.merge.masses import MASSES_FILE, Progress, stored_masses, task_vector_masses
 from evomerge.merge.methods import METHODS
 from evomerge.merge.sources import Sources
@@ -93,7 +93,7 @@ def examine(
         found.tasks = found.attempt(lambda: file_fitness(file, root))
     if models is not None:
         found.attempt(lambda: load_tokenizer(models.base.directory))
-        if file.space.method in METHODS and METHODS[file.space.method].adapters:
+        if _merges_factors(file):
             found.models = found.attempt(lambda: factored(models))
     _examine_items(found, path, unsure)
     _examine_space(found, root, progress)
@@ -153,7 +153,14 @@ def _check_search(file: StudyFile, counted: bool) -> None:
 
 def _open(file: StudyFile, root: Path) -> Models:
     experts = [(name, resolve_source(source, root)) for name, source in file.models.experts.items()]
-    return open_models(resolve_source(file.models.base, root), experts)
+    base = resolve_source(file.models.base, root)
+    if not _merges_factors(file):
+        return open_models(base, experts)
+    return open_models(base, experts, further=factor_problems)
+
+
+def _merges_factors(file: StudyFile) -> bool:
+    return file.space.method in METHODS and METHODS[file.space.method].adapters
 
 
 def further_problems(path: Path, overrides: Sequence[str] = ()) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 _CONFIGS = ("adapter_config.json", "config.json")
 
 
-def list_experts(data: dict[str, Any], root: Path) -> list[str]:
+def list_experts(data: dict[str, Any], root: Path, partly: bool = False) -> list[str]:
     """Put the experts of a folder into the place of its path, where a study file names one.
 
     They are listed once, when the file is read: the resolved study holds each of them, so that a
@@ -18,16 +18,17 @@ def list_experts(data: dict[str, Any], root: Path) -> list[str]:
     Args:
         data: of a study file; ``models.experts`` is replaced where it is a text.
         root: folder that relative paths start from.
+        partly: leave out what is no model.
 
     Returns:
-        One line per problem; nothing is replaced where there is any.
+        One line per problem; unless ``partly``, nothing is replaced where there is any.
     """
     models = data.get("models")
     folder = models.get("experts") if isinstance(models, dict) else None
     if not isinstance(models, dict) or not isinstance(folder, str):
         return []
     found, problems = experts_in(folder, root)
-    if not problems:
+    if not problems or (partly and found):
         models["experts"] = found
     return problems
 
@@ -69,4 +70,4 @@ def experts_in(folder: str, root: Path) -> tuple[dict[str, str], list[str]]:
         "or list the experts by name)"
         for one in others
     ]
-    return {one.name: f"{start}{one.name}" for one in inside}, problems
+    return {one.name: f"{start}{one.name}" for one in inside if one not in others}, problems

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from evomerge.economy import economy_facts, economy_lines
+from evomerge.economy import economy_facts, economy_lines, planned_trials
 from evomerge.export import Exported
 from evomerge.feasibility import bounds
 from evomerge.gain import front_rows, gains, trial_name
@@ -55,7 +55,7 @@ def plan_facts(prepared: Prepared) -> dict[str, Any]:
             "searcher": file.search.searcher,
             **({"auto": prepared.choice} if prepared.choice else {}),
             "trials": prepared.trials,
-            **economy_facts(file),
+            **economy_facts(prepared.extended or file),
             **({"estimator_choice": prepared.estimate} if prepared.estimate else {}),
             "baselines": len(prepared.baselines),
             "parallel": prepared.parallel,
@@ -101,12 +101,12 @@ def plan_lines(prepared: Prepared) -> dict[str, Any]:
             f"coefficients ({len(space.blocks)} blocks)" + _mixed(space)
         ),
         "search": (
-            f"{file.search.searcher}: {prepared.trials} trials after "
+            f"{file.search.searcher}: {prepared.trials} trials{_begun(prepared)} after "
             f"{len(prepared.baselines)} baselines, {at_once} at a time, "
             f"{prepared.parallel} outstanding, seed {file.seed}"
             + (", told in order of completion" if file.search.order == "completion" else "")
             + (", on the weighted mean of the objectives" if prepared.scalarise else "")
-            + "".join(f", {line}" for line in economy_lines(file))
+            + "".join(f", {line}" for line in economy_lines(prepared.extended or file))
         ),
         **({"searcher": prepared.choice} if prepared.choice else {}),
         **({"estimator": prepared.estimate} if prepared.estimate else {}),
@@ -114,6 +114,12 @@ def plan_lines(prepared: Prepared) -> dict[str, Any]:
         "memory": prepared.memory.lines(),
         "warnings": list(prepared.warnings),
     }
+
+
+def _begun(prepared: Prepared) -> str:
+    """Return with how many trials an extended study was begun."""
+    first = planned_trials(prepared.file, prepared.splits)
+    return f" (extended from {first})" if prepared.extended is not None else ""
 
 
 def _model_lines(models: Models) -> list[str]:

@@ -7,7 +7,7 @@ file, without a network, and inside MLflow's artifact viewer, whose frame allows
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
@@ -83,6 +83,45 @@ class FrontData:
     command: str
 
 
+def in_table(point: FrontPoint) -> bool:
+    """Return whether a point is a row of the table beside a picture."""
+    return point.front or point.kind not in ("search", "grid")
+
+
+def placed_by(
+    data: FrontData, scores: Callable[[FrontPoint], Sequence[tuple[str, Measured | None]]]
+) -> str:
+    """Return by which items the points of a picture are placed.
+
+    Args:
+        data: the front.
+        scores: returns the scores of a point by their items, the first choice first.
+    """
+    named, others = set[str](), set[str]()
+    for point in data.points:
+        splits = [split for split, found in scores(point) if found is not None]
+        (named if in_table(point) else others).update(splits[:1])
+    if named == others:
+        return f"scores on {' or '.join(sorted(named))} items"
+    parts = {"front and baselines": named, "other trials": others}
+    return "; ".join(
+        f"{who} by {' or '.join(sorted(splits))} items" for who, splits in parts.items() if splits
+    )
+
+
+def _items_note(data: FrontData) -> str:
+    """Return by which items the page places its points, and where the others' scores are."""
+    note = placed_by(
+        data, lambda point: [("validation", point.validation), ("search", point.search)]
+    )
+    if not any(point.test for point in data.points):
+        return f"Drawn: {note}."
+    return (
+        f"Drawn: {note}. The table below has test scores too; PNG and terminal plots are drawn by "
+        "those."
+    )
+
+
 #: Columns that are all written out.
 MOST_COLUMNS = 16
 
@@ -124,6 +163,7 @@ def _page(data: FrontData) -> dict[str, object]:
     return {
         "title": data.title,
         "subtitle": data.subtitle,
+        "items": _items_note(data),
         "axes": [
             {
                 "name": objective.name,

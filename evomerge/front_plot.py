@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from evomerge.front_page import FrontData, FrontPoint, Measured
+from evomerge.front_page import FrontData, FrontPoint, Measured, in_table, placed_by
 from evomerge.front_table import point_name
 from evomerge.trial import Direction
 
@@ -31,27 +31,14 @@ def placed(point: FrontPoint) -> Measured | None:
 def _scores(point: FrontPoint) -> list[tuple[str, Measured | None]]:
     """Return the scores of a point by their items, the first choice first."""
     search, validation = ("search", point.search), ("validation", point.validation)
-    if _in_table(point):
+    if in_table(point):
         return [("test", point.test), validation, search]
     return [search, validation]
 
 
-def _in_table(point: FrontPoint) -> bool:
-    return point.front or point.kind not in ("search", "grid")
-
-
 def split_note(data: FrontData) -> str:
     """Return by which items the points of a picture are placed."""
-    named, others = set[str](), set[str]()
-    for point in data.points:
-        splits = [split for split, scores in _scores(point) if scores is not None]
-        (named if _in_table(point) else others).update(splits[:1])
-    if named == others:
-        return f"scores on {' or '.join(sorted(named))} items"
-    parts = {"front and baselines": named, "other trials": others}
-    return "; ".join(
-        f"{who} by {' or '.join(sorted(splits))} items" for who, splits in parts.items() if splits
-    )
+    return placed_by(data, _scores)
 
 
 def save_front(data: FrontData, path: Path) -> None:
@@ -98,8 +85,8 @@ def _figure(data: FrontData) -> Any:
     if data.objectives[0 if single else 1].direction is Direction.MINIMIZE:
         axes.invert_yaxis()
     axes.grid(alpha=0.25)
-    axes.set_title(data.title)
-    figure.supxlabel(split_note(data), fontsize=8, color="#57606a")
+    figure.suptitle(data.title)
+    axes.set_title(split_note(data), fontsize=9, color="#57606a")
     return figure
 
 

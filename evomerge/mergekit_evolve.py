@@ -62,12 +62,13 @@ class _Reading:
         return InputError(f"{self.source}: {key}: {expected}")
 
 
-def study_from_evolve(path: Path, trials: int = 100) -> Converted:
+def study_from_evolve(path: Path, trials: int = 100, include: Sequence[str] = ()) -> Converted:
     """Return the study file of a mergekit-evolve config.
 
     Args:
         path: of the config, YAML.
         trials: mergekit-evolve's ``--max-fevals``.
+        include: folders with task files: mergekit-evolve's ``--task-search-path``.
 
     Raises:
         InputError: not such a config, or something in it has no counterpart; names the key.
@@ -95,7 +96,11 @@ def study_from_evolve(path: Path, trials: int = 100) -> Converted:
             "parameters": _parameters(read, genome, str(method)),
             "dtype": "bfloat16",
         },
-        "fitness": {"tasks": _tasks(read, config), "items": _items(read, config)},
+        "fitness": {
+            "tasks": _tasks(read, config),
+            **({"include_path": list(include)} if include else {}),
+            "items": _items(read, config),
+        },
         "search": {
             "searcher": "cma",
             "arguments": {"sigma": round(1 / 6 / _width(genome, str(method)), 4)},

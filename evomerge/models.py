@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from evomerge.adapter import is_adapter, open_adapter
+from evomerge.adapter import is_adapter, open_adapter, require_readable
 from evomerge.checkpoint import (
     MERGEABLE,
     Checkpoint,
@@ -73,8 +73,9 @@ def _ref(checkpoint: Checkpoint) -> ModelRef:
 
 
 def open_models(
-    base: str, experts: Sequence[tuple[str, str]], where: str = "models", repeats: bool = False
-) -> Models:
+    base: str, experts: Sequence[tuple[str, str]], where: str = "models", repeats: bool = False,
+    further: Callable[[Checkpoint, Sequence[Checkpoint]], Iterable[str]] = lambda base, experts: (),
+) -> Models:  # fmt: skip
     """Open and compare the models of a study, from headers and configs only.
 
     Args:
@@ -83,6 +84,7 @@ def open_models(
         where: dotted path for messages.
         repeats: whether two models may have the same weights, as in a recipe that was written by
             hand; in a search one of them would be in vain.
+        further: returns what else is wrong with those experts that can be opened, one per line.
 
     Raises:
         ModelError: all differences of all experts, one per line.
@@ -110,6 +112,7 @@ def open_models(
             problems.append(str(error))
     if not repeats:
         problems.extend(_twins((origin, *opened), where))
+    problems.extend(further(origin, opened))
     if problems:
         raise ModelError("\n".join(problems))
     slots = list(_slots(origin))
@@ -128,7 +131,10 @@ def _unreadable(experts: Sequence[tuple[str, str]], where: str) -> list[str]:
     for name, source in experts:
         path = f"{where}.experts.{name}"
         try:
-            if not is_adapter(locate(source, path)):
+            directory = locate(source, path)
+            if is_adapter(directory):
+                require_readable(directory, path)
+            else:
                 open_checkpoint(source, name, path)
         except ModelError as error:
             problems.append(str(error))

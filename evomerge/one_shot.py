@@ -25,7 +25,7 @@ from evomerge.merge.writer import (
 from evomerge.mergekit_yaml import mergekit_config
 from evomerge.model_search import find_models
 from evomerge.models import Models, open_models
-from evomerge.recipe import ModelRef, Recipe, listed
+from evomerge.recipe import EXPECTED, ModelRef, Recipe, listed
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 #: Names of dtypes on the command line.
@@ -190,13 +190,13 @@ def read_recipe(path: Path) -> Recipe:
         raise _in_file(path, error) from error
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise InputError(f"{path}: cannot be read: {reason}") from error
+        raise InputError(f"{path}: cannot be read: {reason} ({EXPECTED})") from error
 
 
 def _in_file(path: Path, error: RecipeError) -> RecipeError:
     """Return an error that names the recipe's file, in each of its lines."""
     lines = str(error).splitlines()
-    named = (line if line.startswith(f"{path}: ") else f"{path}: {line}" for line in lines)
+    named = (line if line.startswith(f"{path}:") else f"{path}: {line}" for line in lines)
     return RecipeError("\n".join(named))
 
 

@@ -253,5 +253,6 @@ def partial_file(path: Path, overrides: Sequence[str]) -> Partial | None:
         data = read_data(path, overrides)
     except StudyFileError:
         return None
-    list_experts(data, path.resolve().parent)  # what is wrong with a folder was told before
-    return Partial(data)
+    # What is wrong with a folder was told before; the models in it are looked at all the same.
+    left_out = list_experts(data, path.resolve().parent, partly=True)
+    return Partial(data, {"expert names"} if left_out else set())

@@ -8,11 +8,11 @@ from hashlib import blake2b
 from pathlib import Path
 
 from evomerge.advice import adapter_warnings, study_warnings
-from evomerge.capacity import MemoryEstimate, capacity_warnings, temporary_warnings
+from evomerge.capacity import MemoryEstimate, capacity_warnings, require_gpus, temporary_warnings
 from evomerge.config import StudyFile
 from evomerge.direction_grams import direction_grams
 from evomerge.economy import planned_trials, wants_margins
-from evomerge.errors import SetupError, StudyFileError
+from evomerge.errors import SetupError, StorageError, StudyFileError
 from evomerge.examination import examine
 from evomerge.examination import study_directory as study_directory
 from evomerge.fitness.composite import Composite
@@ -22,6 +22,7 @@ from evomerge.fitness_file import (
     include_paths,
     task_specs,
 )
+from evomerge.journal import JOURNAL, read
 from evomerge.merge.masses import Progress
 from evomerge.merge.methods import METHODS
 from evomerge.merge.writer import COMPANIONS
@@ -44,6 +45,7 @@ from evomerge.search_facts import (
     surrogate_versions,
 )
 from evomerge.space import Space
+from evomerge.study_record import History
 from evomerge.study_space import baseline_warnings, baselines_of
 from evomerge.trial import WorkerFactory
 from evomerge.worker import ModelWorkerFactory
@@ -67,6 +69,8 @@ class Prepared:
         masses: what ``importance(n)`` divided its blocks by, None for other partitions.
         warnings: what a user should know before starting; nothing that prevents it.
         estimate: what ``fitness.estimator: auto`` took and why; empty where the file says it.
+        extended: the study file with the budget that ``evomerge extend`` gave, None where it gave
+            none. The searcher keeps to the first one.
     """
 
     file: StudyFile
@@ -82,6 +86,7 @@ class Prepared:
     masses: Mapping[str, float] | None
     warnings: tuple[str, ...]
     estimate: str = ""
+    extended: StudyFile | None = None
 
     @property
     def parallel(self) -> int:
@@ -91,7 +96,7 @@ class Prepared:
     @property
     def trials(self) -> int:
         """Trials of the search, baselines not counted; of a budget in items what it surely buys."""
-        return planned_trials(self.file, self.splits)
+        return planned_trials(self.extended or self.file, self.splits)
 
     @property
     def scalarise(self) -> bool:
@@ -120,13 +125,19 @@ class Prepared:
         """What ``search.searcher: auto`` takes and why; empty for any other searcher."""
         if self.file.search.searcher != "auto":
             return ""
-        return explain(self.informed(search_size(self.file, self.space, self.splits)))
+        chosen = explain(self.informed(search_size(self.file, self.space, self.splits)))
+        return chosen if self.extended is None else f"{chosen}; chosen before it was extended"
 
     def make_pool(self, wrap: Callable[[WorkerFactory], WorkerFactory] = lambda one: one) -> Pool:
-        """Build the pool of the study file, of workers that ``wrap`` may change."""
+        """Build the pool of the study file, of workers that ``wrap`` may change.
+
+        Raises:
+            EvomergeError: it cannot start; at once where this machine lacks the GPUs asked for.
+        """
         pool = self.file.pool
         if pool.kind == "serial":
             return SerialPool(wrap(self.factory))
+        require_gpus(pool)
         from evomerge.ray_pool import RayPool
 
         return RayPool(
@@ -198,13 +209,15 @@ def prepare(file: StudyFile, path: Path, progress: Progress = lambda done, total
     assert found.memory is not None
     assert found.columns is not None
     start, averaged = found.start
+    directory = study_directory(file, root)
+    extended = _extended(file, directory)
     trims = any(
         name.startswith("density.") and column != 1.0 for name, column in found.columns.items()
     )
     return Prepared(
         file=file,
         root=root,
-        directory=study_directory(file, root),
+        directory=directory,
         models=models,
         tasks=tasks,
         splits=splits,
@@ -214,7 +227,7 @@ def prepare(file: StudyFile, path: Path, progress: Progress = lambda done, total
         memory=found.memory,
         masses=found.masses or None,
         warnings=(
-            *study_warnings(file, space, splits, search_size(file, space, splits)),
+            *study_warnings(extended or file, space, splits, search_size(file, space, splits)),
             *(_name_warnings(tasks) if file.tracking.enabled else ()),
             *averaged,
             *baseline_warnings(file),
@@ -223,7 +236,22 @@ def prepare(file: StudyFile, path: Path, progress: Progress = lambda done, total
             *adapter_warnings(models),
         ),
         estimate=found.estimate,
+        extended=extended,
     )
+
+
+def _extended(file: StudyFile, directory: Path) -> StudyFile | None:
+    """Return a study file with the budget to which its study was extended, None if it was not."""
+    if not (directory / JOURNAL).exists():
+        return None
+    try:
+        extensions = History.of(read(directory).records, str(directory)).extensions
+    except StorageError:
+        return None  # Study.run says what is wrong with the journal
+    if not extensions:
+        return None
+    update = {"trials": extensions[-1].trials, "items": extensions[-1].items}
+    return file.model_copy(update={"search": file.search.model_copy(update=update)})
 
 
 def _name_warnings(tasks: Composite) -> list[str]:

@@ -8,11 +8,13 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from evomerge.checkpoint import is_local
 from evomerge.coverage import coverage, coverage_html
 from evomerge.front_page import FrontData, FrontPoint, Kind, Measured
 from evomerge.gain import best_expert, gains, trial_name
 from evomerge.journal import JOURNAL
 from evomerge.lineage import lineage_html
+from evomerge.merge.methods import METHODS
 from evomerge.projection import Projection
 from evomerge.recipe import listed
 from evomerge.redaction import redacted
@@ -47,13 +49,30 @@ def study_name(view: StudyView) -> str:
 
 
 def export_command(view: StudyView, pick: str, out: str) -> str:
-    """Return a command to paste."""
-    return f"evomerge export {shown_directory(view)} {pick} --out {out}"
+    """Return a command to paste; it writes an adapter where adapters were merged as factors."""
+    form = " --lora" if _merges_factors(view) else ""
+    return f"evomerge export {shown_directory(view)} {pick}{form} --out {out}"
+
+
+def verify_command(view: StudyView, out: str) -> str:
+    """Return the command that checks what ``export_command`` writes: an adapter with its base."""
+    base = view.trials[0].recipe.base.source if _merges_factors(view) else ""
+    where = f" --base {_shown(Path(base))}" if base and is_local(base) else ""
+    return f"evomerge verify {out}{where}"
+
+
+def _merges_factors(view: StudyView) -> bool:
+    method = METHODS.get(view.trials[0].recipe.method) if view.trials else None
+    return method is not None and method.adapters
 
 
 def shown_directory(view: StudyView) -> str:
     """Return a study as commands name it: relative to the current folder where it is below."""
-    directory, here = view.directory.resolve(), Path.cwd()
+    return _shown(view.directory)
+
+
+def _shown(path: Path) -> str:
+    directory, here = path.resolve(), Path.cwd()
     shown = directory.relative_to(here) if directory.is_relative_to(here) else directory
     return shlex.quote(str(shown))
 

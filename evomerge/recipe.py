@@ -19,6 +19,9 @@ from evomerge.errors import RecipeError
 
 SCHEMA = 1
 
+#: Said of a file that is no recipe; ``evomerge_recipe.json`` is its name in an export.
+EXPECTED = "give the evomerge_recipe.json of an export"
+
 
 @dataclass(frozen=True, slots=True)
 class ModelRef:
@@ -131,7 +134,9 @@ class Recipe:
         Raises:
             RecipeError: unknown schema, missing or unknown keys, wrong types.
         """
-        schema = data.get("schema")
+        if "schema" not in data:
+            raise RecipeError(f"recipe: has no schema, so it is none ({EXPECTED})")
+        schema = data["schema"]
         if schema != SCHEMA:
             raise RecipeError(
                 f"recipe: schema {schema!r} is not {SCHEMA} (use the evomerge that wrote it)"
@@ -169,9 +174,11 @@ class Recipe:
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise RecipeError(f"{where}:{error.lineno}:{error.colno}: {error.msg}") from error
+            place = f"{where}:{error.lineno}:{error.colno}"
+            raise RecipeError(f"{place}: no JSON: {error.msg} ({EXPECTED})") from error
         if not isinstance(data, dict):
-            raise RecipeError(f"{where}: expected a mapping, got {type(data).__name__}")
+            got = type(data).__name__
+            raise RecipeError(f"{where}: expected a mapping, got {got} ({EXPECTED})")
         return Recipe.from_dict(data)
 
     @staticmethod

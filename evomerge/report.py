@@ -22,7 +22,13 @@ from evomerge.front_page import FrontData, FrontPoint, front_html, summary
 from evomerge.front_table import point_name, table_points
 from evomerge.metric_names import objective_metrics
 from evomerge.plain_page import heading, paragraph, table
-from evomerge.presentation import STUDY_FILE, export_command, project, shown_directory
+from evomerge.presentation import (
+    STUDY_FILE,
+    export_command,
+    project,
+    shown_directory,
+    verify_command,
+)
 from evomerge.projection import Projection
 from evomerge.redaction import redacted
 from evomerge.report_charts import line_chart
@@ -233,7 +239,7 @@ def _commands(view: StudyView) -> Iterator[str]:
     yield heading("Go on")
     export, study = export_command(view, "--pick knee", "merged"), shown_directory(view)
     lines = [
-        f"{export}", "evomerge verify merged",
+        f"{export}", verify_command(view, "merged"),
         f"evomerge compare {study} knee base --items 10", f"evomerge ui {study}",
     ]  # fmt: skip
     yield f"<pre>{escape(chr(10).join(lines))}</pre>"

@@ -7,7 +7,7 @@ from evomerge.estimate_audits import distrust
 from evomerge.front_page import summary
 from evomerge.front_table import cell, front_markdown
 from evomerge.item_comparison import Comparison, compare_trials, rivals_of
-from evomerge.presentation import export_command, project, study_name
+from evomerge.presentation import export_command, project, study_name, verify_command
 from evomerge.redaction import redacted
 from evomerge.study_view import StudyView
 
@@ -48,5 +48,5 @@ def report_markdown(view: StudyView) -> str:
     if view.counts.failed:
         lines += [f"Failed trials: {view.counts.failed}; `evomerge report` lists why.", ""]
     lines += ["Take it home:", "", f"    {export_command(view, '--pick knee', 'merged')}",
-              "    evomerge verify merged", ""]  # fmt: skip
+              f"    {verify_command(view, 'merged')}", ""]  # fmt: skip
     return redacted("\n".join(lines))

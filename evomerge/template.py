@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 
 
 def study_template(
@@ -11,6 +12,8 @@ def study_template(
     experts: Sequence[tuple[str, str]],
     tasks: Sequence[str],
     adapters: tuple[str, int] | None = None,
+    include: Sequence[str] = (),
+    ungraded: Collection[str] = (),
 ) -> str:
     """Return a study file to edit; it loads as it stands once the models exist.
 
@@ -20,10 +23,13 @@ def study_template(
         tasks: lm-eval task names; two that run no code where empty.
         adapters: a folder of LoRA adapters and how many it holds, instead of experts: they are
             merged as factors.
+        include: folders with task files of the user's own.
+        ungraded: tasks without reference answers; they keep their own metric beside adapters.
     """
     named = list(experts) or [("math", "models/math"), ("code", "models/code")]
     expert_lines = "\n".join(f"    {_text(name)}: {_text(source)}" for name, source in named)
-    task_lines = "\n".join(f"    - {_task(task)}" for task in tasks or list(_TASKS))
+    entry = _task if adapters is None else partial(_reference, ungraded=ungraded)
+    task_lines = "\n".join(f"    - {entry(task)}" for task in tasks or list(_TASKS))
     comment = "  # Fine-tunes of that base, with short names. Their order is kept.\n"
     parts = {"experts": f"{comment}  experts:\n{expert_lines}", "space": _SPACE, "search": _SEARCH}
     scales = "[0.3, 0.5, 0.7, 0.9, 1.1]"
@@ -31,6 +37,7 @@ def study_template(
         folder, count = adapters
         trials = max(150, 1200 * count // 100)
         comment = "  # Adapters of that base: every subfolder is one, by its name.\n"
+        task_lines = _NATS + task_lines
         parts = {
             "experts": f"{comment}  experts: {_text(folder)}",
             "space": _FACTORS,
@@ -39,7 +46,8 @@ def study_template(
         scales = f"[{1 / count:.2g}, {4 / count:.2g}]"
     return _TEMPLATE.format(
         base=_text(base or "models/base"), tasks=task_lines, scales=scales,
-        grid=_ROOTS if adapters is not None else _GRID, **parts,
+        grid=_ROOTS if adapters is not None else _GRID, include=", ".join(map(_text, include)),
+        **parts,
     )  # fmt: skip
 
 
@@ -52,6 +60,13 @@ _TASKS = {
 
 def _task(name: str) -> str:
     return _TASKS.get(name) or _text(name)
+
+
+def _reference(name: str, ungraded: Collection[str]) -> str:
+    """Return the task with the metric in whose unit, nats, the L1 terms of evo_merging are."""
+    if name in ungraded:
+        return _task(name)
+    return f"{{task: {_text(name)}, metric: reference_loglikelihood}}"
 
 
 def _text(value: str) -> str:
@@ -82,6 +97,11 @@ _SEARCH = """\
   # evomerge list searchers
   searcher: auto             # by trials, coefficients and objectives; check says which
   trials: 150"""
+
+_NATS = """\
+  # The log-likelihood of the right answers: smooth, and in the unit that the searcher's L1 terms
+  # are made for. Where there are none, as for perplexities: - TASK, with its own metric.
+"""
 
 _EVO_MERGING = """\
   # CMA-ES, first on densities, then on weights; stages: joint, scale or denoise instead.
@@ -125,7 +145,7 @@ fitness:
   #   - {{kind: distance, max: 0.1}}
   #   - {{kind: python, function: fitness/mine.py:score, items: fitness/mine.jsonl}}
   # Folders with your own task YAML files.
-  include_path: []
+  include_path: [{include}]
   # allow_task_code: true    # for tasks that run code, such as mbpp: in a container, say
   # Disjoint items of each task: counts, or fractions such as 0.1.
   items:

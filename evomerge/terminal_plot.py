@@ -191,7 +191,7 @@ def _framed(
     title = f"{'trial' if single else _title(data, 0)} {arrows[1]}"
     text.append(f"{' ' * (_TICK + 2)}{title:>{x.cells}}\n", "bold")
     text.append(legend)
-    return text.append(f"\n{' ' * (_TICK + 2)}{split_note(data)}", "dim")
+    return text.append(f"\n{' ' * (_TICK + 2)}{split_note(data)}")
 
 
 def _title(data: FrontData, column: int) -> str:

@@ -95,6 +95,34 @@ def test_init_writes_a_file_that_loads_and_never_overwrites(
     assert "exists already" in err
 
 
+def test_init_takes_folders_of_own_tasks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def written(name: str, *more: str) -> tuple[list[str] | str, str]:
+        code, out, _ = call(capsys, monkeypatch, "init", str(tmp_path / name), *more)
+        assert code == 0
+        return load(tmp_path / name).fitness.include_path, out
+
+    (tmp_path / "own tasks").mkdir()
+    (tmp_path / "fitness/skills").mkdir(parents=True)
+    (tmp_path / "fitness/skills/broken.yaml").write_text("task: [")
+    (tmp_path / "fitness/skills/sort.yaml").write_text("include: tags\ntask: my_sort\n")
+    (tmp_path / "fitness/skills/tags").write_text("tag: skills\ntask: hidden\n")
+    assert written("a.yaml", "--task", "gsm8k") == ([], written("b.yaml")[1].replace("b.", "a."))
+    for number, task in enumerate(("my_sort", "skills")):
+        found, out = written(f"c{number}.yaml", "--task", "gsm8k", "--task", task)
+        assert found == ["fitness"]
+        assert "note: fitness.include_path is fitness/" in out
+    given = ["--include-path", "own tasks", "--include-path", "fitness", "--task", "my_sort"]
+    found, out = written("d.yaml", *given)
+    assert (found, "note" in out) == (["own tasks", "fitness"], False)
+    code, _, err = call(
+        capsys, monkeypatch, "init", str(tmp_path / "e.yaml"), "--include-path", "nowhere"
+    )
+    assert (code, (tmp_path / "e.yaml").exists()) == (2, False)
+    assert f"--include-path: no such folder: {tmp_path / 'nowhere'} (give the folder" in err
+
+
 @pytest.mark.parametrize("what", ["methods", "searchers", "partitions"])
 def test_list_speaks_to_people_and_programs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str

@@ -152,6 +152,18 @@ def test_template_is_a_valid_study_file(tmp_path: Path) -> None:
     assert study.fitness.tasks == ["x", "1e-3"]
 
 
+def test_a_template_of_adapters_had_accuracy_beside_terms_in_nats(tmp_path: Path) -> None:
+    text = study_template("b", [], ["a-1", "book"], ("adapters", 3), ["own"], {"book"})
+    (tmp_path / "adapters/x").mkdir(parents=True)
+    (tmp_path / "adapters/x/adapter_config.json").write_text("{}")
+    tasks = load(write(tmp_path, text)).fitness.tasks
+    assert [one if isinstance(one, str) else (one.task, one.metric) for one in tasks] == [
+        ("a-1", "reference_loglikelihood"), "book",
+    ]  # fmt: skip
+    assert "include_path: [own]" in text
+    assert "reference_loglikelihood" not in study_template("b", [], ["a-1"])
+
+
 def test_schema_accepts_what_load_accepts() -> None:
     schema = json_schema()
     assert schema["additionalProperties"] is False

@@ -15,10 +15,13 @@ from tiny_project import tiny_project
 from toy_study import make, rounded, toy_study
 
 from evomerge.cli import cli
+from evomerge.config import load
 from evomerge.errors import InputError, LockedError
 from evomerge.extension import extend
-from evomerge.facts import status_facts, status_lines
+from evomerge.facts import plan_facts, plan_lines, status_facts, status_lines
 from evomerge.journal import JOURNAL, Journal, read
+from evomerge.launch import run
+from evomerge.prepare import Prepared, prepare
 from evomerge.replay import verify
 from evomerge.search.protocol import Candidate, SearchProblem, Told
 from evomerge.search.registry import SEARCHERS
@@ -242,6 +245,46 @@ def test_what_was_begun_with_other_settings_is_replayed_extended_and_continued(
         assert StudyView.load(directory).state is StudyState.FINISHED
     assert StudyView.load(directory).counts.budget == 6
     assert call("replay", str(file)).exit_code == 0
+
+
+def test_check_and_run_spoke_of_the_first_number_of_trials(
+    tmp_path: Path, save_llama: Callable[..., Path]
+) -> None:
+    path = tiny_project(tmp_path, save_llama) / "study.yaml"
+    overrides = ["search.trials=3", "search.searcher=auto"]
+
+    def plan() -> tuple[Prepared, dict[str, Any]]:
+        made = prepare(load(path, overrides), path)
+        return made, plan_lines(made)
+
+    before, lines = plan()
+    assert "search.trials: 3 trials for 2 coefficients is little" in before.warnings[0]
+    assert ": 3 trials after" in lines["search"]
+    assert "extended" not in before.choice
+    run(before, [])
+    extend(before.directory, trials=2)
+    after, lines = plan()
+    assert not any("is little" in one for one in after.warnings)
+    assert ": 5 trials (extended from 3) after" in lines["search"]
+    assert plan_facts(after)["search"]["trials"] == after.trials == 5
+    # The searcher was chosen, and is built, for the first number.
+    assert after.choice == f"{before.choice}; chosen before it was extended"
+    assert run(after, []).view.counts.budget == 5
+    assert StudyView.load(before.directory).state is StudyState.FINISHED
+
+
+def test_check_spoke_of_the_first_number_of_item_evaluations(
+    tmp_path: Path, save_llama: Callable[..., Path]
+) -> None:
+    path = tiny_project(tmp_path, save_llama) / "study.yaml"
+    overrides = ["search.trials=null", "search.items=24"]
+    made = prepare(load(path, overrides), path)
+    assert ", at most 24 item evaluations" in plan_lines(made)["search"]
+    run(made, [])
+    extend(made.directory, items=36)
+    line = plan_lines(prepare(load(path, overrides), path))["search"]
+    assert ": 5 trials (extended from 2) after" in line
+    assert ", at most 60 item evaluations" in line
 
 
 def reversed_pairs(words: tuple[str, ...]) -> list[str]:

@@ -18,7 +18,8 @@ from small_study import BLOCKS, finished, recipe, small_study
 from evomerge.front_page import MAX_BLOCKS, FrontData, front_html, summary
 from evomerge.front_plot import save_front
 from evomerge.front_table import front_csv, front_markdown
-from evomerge.presentation import export_command, front_data
+from evomerge.presentation import export_command, front_data, verify_command
+from evomerge.recipe import ModelRef
 from evomerge.study_view import StudyView
 
 
@@ -90,6 +91,30 @@ class TestData:
             "evomerge export 'studies/my study' --knee --out out"
         )
 
+    def test_merged_factors_are_taken_home_as_an_adapter(
+        self, view: StudyView, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """They were advised to be written as a whole checkpoint."""
+        factors = tuple(
+            replace(trial, recipe=replace(trial.recipe, method="lora_factors"))
+            for trial in view.trials
+        )
+        made = replace(view, trials=factors)
+        assert export_command(made, "--knee", "out").endswith(" --knee --lora --out out")
+        assert export_command(view, "--knee", "out").endswith(" --knee --out out")
+        # The base of an adapter is not in the export.
+        (tmp_path / "base").mkdir()
+        monkeypatch.chdir(tmp_path)
+        base = ModelRef("base", str(tmp_path / "base"), "f0")
+        local = [replace(one, recipe=replace(one.recipe, base=base)) for one in factors]
+        assert verify_command(replace(made, trials=tuple(local)), "out") == (
+            "evomerge verify out --base base"
+        )
+        hub = replace(base, source="org/base@main")
+        remote = [replace(one, recipe=replace(one.recipe, base=hub)) for one in factors]
+        assert verify_command(replace(made, trials=tuple(remote)), "out") == "evomerge verify out"
+        assert verify_command(view, "out") == "evomerge verify out"
+
 
 class TestPage:
     def test_asks_for_nothing_outside_itself(self, data: FrontData) -> None:
@@ -101,6 +126,18 @@ class TestPage:
 
     def test_is_small(self, data: FrontData) -> None:
         assert len(front_html(data)) < 45_000
+
+    def test_it_did_not_say_that_it_shows_other_items_than_the_pictures(
+        self, data: FrontData
+    ) -> None:
+        assert embedded(front_html(data))["items"] == (
+            "Drawn: front and baselines by validation items; other trials by search or validation "
+            "items. The table below has test scores too; PNG and terminal plots are drawn by those."
+        )
+        early = [replace(point, validation=None, test=None) for point in data.points]
+        page = front_html(replace(data, points=tuple(early)))
+        assert embedded(page)["items"] == "Drawn: scores on search items."
+        assert page.count('$("items").textContent') == page.count('id="items"') == 1
 
     def test_carries_all_splits(self, data: FrontData, view: StudyView) -> None:
         page = embedded(front_html(data))

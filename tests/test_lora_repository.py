@@ -108,6 +108,33 @@ class TestStudyFile:
         assert "models.experts.small: does not change" in errors
         assert "models.experts.whole: is no LoRA adapter" in errors
 
+    def test_problems_of_several_adapters_came_in_rounds(
+        self, project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """First folders, then files, then forms; and none of an adapter where the base is wrong."""
+        adapters = tmp_path / "p/adapters"
+        shutil.copytree(project, tmp_path / "p", ignore=shutil.ignore_patterns("studies"))
+        save_adapter(adapters / "odd", 1, rank=2)
+        save_adapter(adapters / "dora", 2, use_dora=True)
+        save_adapter(adapters / "cut", 3)
+        (adapters / "cut/adapter_model.safetensors").write_bytes(b"cut")
+        (adapters / "notes").mkdir()
+        expected = {"notes": "adapters/notes is no model", "dora": "DoRA", "cut": "safetensors",
+                    "odd": "has rank 2, 3 in"}  # fmt: skip
+        for name in ("", "notes", "base"):
+            more: tuple[str, ...] = ()
+            if name == "notes":
+                shutil.rmtree(adapters / name)
+            if name == "base":
+                more = ("--set", "models.base=nowhere")
+                del expected["odd"]  # what it changes is only known of its base
+            expected.pop(name, None)
+            assert main("check", tmp_path / "p/study.yaml", *more) == 2
+            found = [line for line in capsys.readouterr().err.splitlines() if "experts" in line]
+            assert len(found) == len(expected), found
+            for one, text in expected.items():
+                assert any(one in line and text in line for line in found), (one, found)
+
     def test_check_shows_the_plan(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main("check", project / "study.yaml") == 0
         text = capsys.readouterr().out
@@ -177,6 +204,9 @@ class TestStudyFile:
         assert (file.space.method, file.space.partition) == ("lora_factors", "model")
         assert file.search.searcher == "evo_merging"
         assert file.baselines.task_arithmetic == [0.17, 0.67]
+        assert [getattr(one, "metric", None) for one in file.fitness.tasks] == [
+            "reference_loglikelihood"
+        ]
         assert main("init", tmp_path / "b.yaml", "--adapters", "nowhere") == 2
         assert main("init", tmp_path / "b.yaml", "--adapters", "a", "--expert", "a=b") == 2
         errors = capsys.readouterr().err

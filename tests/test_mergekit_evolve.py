@@ -51,12 +51,15 @@ def test_the_readme_example_of_mergekit_evolve_is_a_study_that_checks(
     path = config(tmp_path, GENOME)
     file = tmp_path / "new.yaml"
     done = subprocess.run(
-        [sys.executable, "-m", "evomerge", "init", str(file), "--mergekit-evolve", str(path)],
+        [
+            sys.executable, "-m", "evomerge", "init", str(file), "--mergekit-evolve", str(path),
+            "--include-path", "fitness",
+        ],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "note: prompts are given as the tasks have them" in done.stdout
-    prepared = prepare(load(file, ["fitness.include_path=fitness"]), file)
+    prepared = prepare(load(file), file)
     # A weight and a density for each of two models, in each group of one of two layers.
     assert prepared.space.dimension == 2 * 2 * 2
     assert prepared.space.blocks == ("layers.0-0", "layers.1-1")
@@ -167,7 +170,7 @@ def test_a_point_of_the_space_is_mergekit_evolves_merge(
     path = config(tmp_path, GENOME | {"merge_method": "task_arithmetic"})
     file = tmp_path / "new.yaml"
     file.write_text(study_from_evolve(path).text)
-    prepared = prepare(load(file, ["fitness.include_path=fitness"]), file)
+    prepared = prepare(load(file), file)
     space = prepared.space
     x = tuple(0.1 + 0.1 * number for number in range(space.dimension))
     recipe = space.decode(x)

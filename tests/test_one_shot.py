@@ -126,8 +126,23 @@ class TestCommand:
         ("arguments", "message"),
         [
             (["nowhere.json"], "nowhere.json: cannot be read: No such file or directory"),
-            (["bad.json"], "bad.json:1:2: Expecting property name"),
-            (["bytes.json"], "bytes.json: cannot be read: not a text file"),
+            (["bad.json"], "error: bad.json:1:2: no JSON: Expecting property name"),
+            (
+                ["r.md"],
+                "error: r.md:1:1: no JSON: Expecting value (give the evomerge_recipe.json",
+            ),
+            (
+                ["bytes.json"],
+                "bytes.json: cannot be read: not a text file (give the evomerge_recipe.json",
+            ),
+            (
+                ["."],
+                ".: cannot be read: Is a directory (give the evomerge_recipe.json",
+            ),
+            (
+                ["other.json"],
+                "other.json: recipe: has no schema, so it is none (give the evomerge_recipe.json",
+            ),
             (["recipe.json", "--base", "./gone"], "recipe.json: base: no such directory: ./gone\n"),
             (["recipe.json", "--expert", "mth=x"], "has no model 'mth' (did you mean 'math'?)"),
             (["recipe.json", "--expert", "math"], "--expert: expected NAME=MODEL, got 'math'"),
@@ -148,6 +163,8 @@ class TestCommand:
         shutil.copytree(home, tmp_path / "home")
         monkeypatch.chdir(tmp_path / "home")
         Path("bad.json").write_text("{")
+        Path("r.md").write_text("# A model card")
+        Path("other.json").write_text("{}")
         Path("bytes.json").write_bytes(b"\xff\xfe")
         before = sorted(Path().iterdir())
         code, out, err = call(capsys, monkeypatch, "merge", *arguments, "--out", "m")

@@ -82,6 +82,33 @@ def test_check_warns_of_missing_gpus_and_says_nothing_of_a_cluster(
     assert not any("gpus_per_worker" in one for one in prepared(project, *asked).warnings)
 
 
+def test_run_waited_for_ray_before_it_missed_the_gpus(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class JoinedError(Exception):
+        """Instead of a Ray."""
+
+    def started(*_: object, **__: object) -> None:
+        raise JoinedError
+
+    monkeypatch.setattr("evomerge.ray_pool.RayPool", started)
+    monkeypatch.setattr(capacity, "gpu_count", lambda: 1)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    two = "pool={kind: ray, workers: 2, gpus_per_worker: 1}"
+    code, _, err = call(
+        capsys, monkeypatch, "run", str(project / "study.yaml"), "--set", two, "--set", "name=gpus"
+    )
+    assert code == 2
+    assert "error: pool.gpus_per_worker: 2 workers with 1 GPU each need 2, this machine has 1" in (
+        " ".join(err.split())
+    )
+    with pytest.raises(JoinedError):
+        prepared(project, two.replace("2", "1")).make_pool()
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # its nodes may still join
+    with pytest.raises(JoinedError):
+        prepared(project, two).make_pool()
+
+
 def test_gpus_are_only_counted_where_some_are_asked_for(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

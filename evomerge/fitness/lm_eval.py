@@ -13,10 +13,9 @@ from __future__ import annotations
 import functools
 import logging
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from evomerge.fitness.task_files import (
     include_chain,
     load_problem,
     resolve_data,
+    unknown_task,
 )
 from evomerge.fitness.tasks import Column, LoadedTask, TaskSpec, digest_of
 from evomerge.trial import Objective
@@ -232,7 +232,10 @@ class _TaskIndex:
 
         for path in include_paths:
             if not path.is_dir():
-                raise TaskError(f"include_path: {path} is not a folder")
+                raise TaskError(
+                    f"include_path: {path.absolute()} is not a folder (of task files; verify takes "
+                    "--root FOLDER, that of the study file, or --include FOLDER)"
+                )
         self._include_paths = include_paths
         self._allow_task_code = allow_task_code
         self._reachable = functools.cache(reachable)  # a hub that is away costs its wait once
@@ -301,22 +304,8 @@ class _TaskIndex:
         """Return lm-eval's index entry of a task, group or tag."""
         index = self._manager.task_index
         if name not in index:
-            raise TaskError(f"unknown task {name!r}{self._hint(name, index)}")
+            raise TaskError(unknown_task(name, list(index), self._include_paths))
         return index[name]
-
-    def _hint(self, name: str, index: Collection[str]) -> str:
-        """Return what may have been meant by an unknown task name."""
-        near = get_close_matches(name, list(index), n=1, cutoff=0.6)
-        hint = f" (did you mean {near[0]!r}?)" if near else " (`lm_eval ls tasks` lists them)"
-        if not self._include_paths:
-            hint += "; a task file of your own is looked for in the folders of fitness.include_path"
-        for folder in self._include_paths:
-            for path in sorted(folder.glob("**/*.yaml")):
-                try:
-                    include_chain(path)
-                except TaskError as error:
-                    hint += f"; {error}"
-        return hint
 
     def _audited(self, name: str, entry: Any) -> tuple[dict[str, Any], tuple[Path, ...], bool]:
         """Return a task's settings, its files, and whether they all come with lm-eval."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import yaml
 from jinja2.sandbox import SandboxedEnvironment
 
 from evomerge.errors import TaskError
+from evomerge.fitness.measures import MEASURES
 
 #: Loaders of the ``datasets`` library that read local files; "dataset_path: json" is not a folder.
 FILE_LOADERS = ("arrow", "csv", "json", "parquet", "text", "webdataset", "xml")
@@ -66,6 +68,69 @@ def include_chain(path: Path) -> tuple[Path, ...]:
 
     visit(path)
     return tuple(chain)
+
+
+def tasks_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the settings behind each name of a task, group or tag that a folder's files define.
+
+    Files that cannot be read are passed over: loading the tasks tells of them.
+
+    Args:
+        folder: looked through with its subfolders; may be absent.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("**/*.yaml")):
+        try:
+            settings: dict[str, Any] = {}
+            for file in reversed(include_chain(path)):
+                settings |= read_yaml(file)
+        except TaskError:
+            continue
+        tag = settings.get("tag")
+        tags = tag if isinstance(tag, list) else [tag]
+        names = [settings.get("task"), settings.get("group"), *tags]
+        for name in names:
+            if isinstance(name, str):
+                found.setdefault(name, settings)
+    return found
+
+
+def has_reference(settings: Mapping[str, Any]) -> bool:
+    """Return whether a task's file lets it have the metric ``reference_loglikelihood``.
+
+    Groups are taken to: their tasks have files of their own.
+
+    Args:
+        settings: of a task or group, includes merged.
+    """
+    if "group" in settings:
+        return True
+    kinds = MEASURES["reference_loglikelihood"].kinds
+    kind = settings.get("output_type", "generate_until")  # lm-eval's default
+    return kind in kinds and settings.get("doc_to_target") is not None
+
+
+def unknown_task(name: str, known: Sequence[str], folders: Sequence[Path]) -> str:
+    """Return the line that tells a user why a task is unknown.
+
+    Args:
+        name: of the task.
+        known: names of all tasks, groups and tags.
+        folders: with task files of the user's own.
+    """
+    # Below 0.8 lm-eval's 14,000 names hold something like anything: a guess that misleads.
+    near = get_close_matches(name, known, n=1, cutoff=0.8)
+    line = f"unknown task {name!r}"
+    line += f" (did you mean {near[0]!r}?)" if near else " (`lm_eval ls tasks` lists lm-eval's own)"
+    if not folders:
+        return line + "; your own tasks need fitness.include_path: the folder of their YAML files"
+    line += f"; no task file in fitness.include_path defines it: {', '.join(map(str, folders))}"
+    for path in (path for folder in folders for path in sorted(folder.glob("**/*.yaml"))):
+        try:
+            include_chain(path)
+        except TaskError as error:
+            line += f"; {error}"
+    return line
 
 
 def functions_in(path: Path) -> tuple[str, ...]:
@@ -164,8 +229,18 @@ def _found(name: str, roots: Sequence[Path], key: str) -> str:
         # glob.glob, unlike Path.glob, takes absolute patterns too.
         if (root / name).exists() or glob.glob(str(root / name), recursive=True):  # noqa: PTH207
             return str((root / name).absolute())
-    looked = ", ".join(str(root) for root in dict.fromkeys(roots))
-    raise TaskError(f"{key}: {name!r} not found (looked in {looked})")
+    raise TaskError(f"{key}: {name!r} not found {_where_it_may_be(name, roots)}")
+
+
+def _where_it_may_be(name: str, roots: Sequence[Path]) -> str:
+    """Return where a file was looked for, and from which folder above it would be found."""
+    folders = list(dict.fromkeys(root.absolute() for root in roots))
+    looked = f"(looked in {', '.join(map(str, folders))}"
+    above = (folder for root in folders for folder in root.parents)
+    near = next((folder for folder in above if (folder / name).exists()), None)
+    if near is None:
+        return f"{looked}; put it into one of them, or start where the path starts from)"
+    return f"{looked}; it is in {near}: start evomerge there, or verify with --root {near})"
 
 
 def load_problem(name: str, config: Mapping[str, Any], error: Exception, offline: bool) -> str:

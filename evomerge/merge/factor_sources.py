@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from evomerge.checkpoint import ITEM_BYTES, MERGEABLE, TensorEntry, to_float32
+from evomerge.checkpoint import ITEM_BYTES, MERGEABLE, Checkpoint, TensorEntry, to_float32
 from evomerge.errors import ModelError, StorageError
 from evomerge.file_map import map_file
 from evomerge.models import Models
@@ -60,9 +60,13 @@ Forms = dict[str, Form]
 
 def forms_of(models: Models, expert: int) -> Forms:
     """Return the form of an adapter's factors by slot; empty for a checkpoint."""
+    return _forms(models.experts[expert])
+
+
+def _forms(expert: Checkpoint) -> Forms:
     return {
         slot: Form(fold.a.shape[0], fold.b.shape[0], fold.a.shape[1], fold.scaling, fold.transposed)
-        for slot, fold in sorted(models.experts[expert].folds.items())
+        for slot, fold in sorted(expert.folds.items())
     }
 
 
@@ -76,20 +80,22 @@ def factored(models: Models, where: str = "models.experts") -> Models:
     Raises:
         ModelError: every expert whose factors cannot be added to the others', one line each.
     """
-    problems = list(_problems(models, where))
+    problems = list(factor_problems(models.base, models.experts, where))
     if problems:
         raise ModelError("\n".join(problems))
     return replace(models, factored=True)
 
 
-def _problems(models: Models, where: str) -> Iterator[str]:
+def factor_problems(
+    base: Checkpoint, experts: Sequence[Checkpoint], where: str = "models.experts"
+) -> Iterator[str]:
     """Yield what is no plain adapter, or is unlike most of the adapters."""
-    forms = [forms_of(models, k) for k in range(len(models.experts))]
+    forms = [_forms(expert) for expert in experts]
     # Most of them decide what is odd; of equally many the first.
     counts = Counter(tuple(one.items()) for one in forms if one)
     usual: Forms = dict(counts.most_common(1)[0][0]) if counts else {}
-    first = next((e.name for e, one in zip(models.experts, forms, strict=True) if one == usual), "")
-    for expert, found in zip(models.experts, forms, strict=True):
+    first = next((e.name for e, one in zip(experts, forms, strict=True) if one == usual), "")
+    for expert, found in zip(experts, forms, strict=True):
         path = f"{where}.{expert.name}"
         if not found:
             yield (
@@ -100,7 +106,7 @@ def _problems(models: Models, where: str) -> Iterator[str]:
         whole = [
             name
             for name, entry in expert.tensors.items()
-            if name not in found and entry != models.base.tensors.get(name)
+            if name not in found and entry != base.tensors.get(name)
         ]
         if whole:
             yield (

@@ -53,7 +53,8 @@ def test_unknown_task_gets_the_nearest_name_and_all_problems_are_told(
     with pytest.raises(TaskError) as caught:
         load(zoo, TaskSpec("gen_regx"), TaskSpec("likely"), TaskSpec("choice", "f1"))
     assert str(caught.value).splitlines() == [
-        "tasks[0]: unknown task 'gen_regx' (did you mean 'gen_regex'?)",
+        "tasks[0]: unknown task 'gen_regx' (did you mean 'gen_regex'?); no task file in "
+        f"fitness.include_path defines it: {zoo.tasks}",
         "tasks[2].metric: 'f1' not produced by 'choice' (has acc, acc_norm; evomerge adds margin, "
         "reference_loglikelihood)",
     ]
@@ -136,7 +137,7 @@ def test_no_task(zoo: Zoo) -> None:
 
 
 def test_missing_include_path(zoo: Zoo) -> None:
-    with pytest.raises(TaskError, match=r"include_path: .*/nowhere is not a folder"):
+    with pytest.raises(TaskError, match=r"nowhere is not a folder \(.*--root FOLDER"):
         LmEvalTasks.load([TaskSpec("choice")], (zoo.root / "nowhere",), zoo.root)
 
 
@@ -401,7 +402,8 @@ def test_data_is_found_from_any_directory(
     with pytest.raises(TaskError) as caught:
         digest(None)
     assert str(caught.value) == (
-        f"tasks[0]: data_files: 'data/train.jsonl' not found (looked in {tmp_path}, {folder})"
+        f"tasks[0]: data_files: 'data/train.jsonl' not found (looked in {tmp_path}, {folder}; put "
+        "it into one of them, or start where the path starts from)"
     )
     shutil.copytree(zoo.root / "data", folder / "data")  # beside the task file
     assert digest(None) == want
