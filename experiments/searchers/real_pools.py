@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
+from pool_report import SHARES, Run, plot, read, table
 
 from evomerge import demo_pool
 from evomerge.config import load
@@ -49,8 +50,6 @@ LOW, HIGH = 0.0, 1.5
 SEARCH, TEST = slice(0, 40), slice(600, 700)
 #: Candidates outstanding.
 PARALLEL = 4
-#: Searches are looked at after these shares of their trials.
-SHARES = (0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,34 +258,6 @@ def _study(case: Case) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One search.
-
-    Attributes:
-        case: its name.
-        entry: of ``ENTRIES``.
-        seed: of the searcher.
-        budget: trials.
-        scores: test scores of what was measured as best after ``SHARES`` of the trials.
-        overhead: seconds in the searcher per trial.
-        chosen: what ``auto`` took.
-    """
-
-    case: str
-    entry: str
-    seed: int
-    budget: int
-    scores: tuple[float, ...]
-    overhead: float
-    chosen: str
-
-    @property
-    def score(self) -> float:
-        """Test score after all trials."""
-        return self.scores[-1]
-
-
 def search(pool: Pool, entry: str, seed: int, budget: int) -> Run:
     """Run one search, told in ask order with ``PARALLEL`` candidates outstanding."""
     name, arguments, informed = ENTRIES[entry]
@@ -358,113 +329,6 @@ def train_more(work: Path, demo: Path) -> None:
             (models / name).symlink_to((more / skill).resolve())
 
 
-def table(runs: Sequence[Run], cases: Sequence[Case]) -> str:
-    """Return a row per searcher: mean, 95 % half-width and number of seeds.
-
-    Bold is what cannot be told from the best of its column: Welch's t test, two-sided, 5 %. Both
-    need three seeds or more.
-    """
-    names = [case.name for case in cases if any(run.case == case.name for run in runs)]
-    lines = ["| searcher | " + " | ".join(names) + " | ms per trial |"]
-    lines.append("|---|" + "---|" * (len(names) + 1))
-    found = {
-        (name, entry): [run.score for run in runs if (run.case, run.entry) == (name, entry)]
-        for name in names
-        for entry in ENTRIES
-    }
-    best = {
-        name: max((found[name, entry] for entry in ENTRIES if len(found[name, entry]) > 2),
-                  key=lambda scores: float(np.mean(scores)), default=[])
-        for name in names
-    }  # fmt: skip
-    for entry in ENTRIES:
-        own = [run for run in runs if run.entry == entry]
-        if not own:
-            continue
-        cells = [_cell(found[name, entry], best[name]) for name in names]
-        slow = 1000 * max(run.overhead for run in own)
-        lines.append(f"| {entry} | " + " | ".join(cells) + f" | {slow:.0f} |")
-    return "\n".join(lines)
-
-
-def level(scores: Sequence[float], best: Sequence[float]) -> bool:
-    """Return whether scores cannot be told from the best ones."""
-    from scipy.stats import ttest_ind
-
-    if min(len(scores), len(best)) < 3:
-        return False
-    if np.mean(scores) == np.mean(best) or np.std([*scores, *best]) == 0:
-        return True
-    if np.std(scores) == np.std(best) == 0:
-        return False  # no spread to hide behind
-    return float(ttest_ind(scores, best, equal_var=False).pvalue) > 0.05
-
-
-def _cell(scores: Sequence[float], best: Sequence[float]) -> str:
-    if not scores:
-        return ""
-    mean, count = float(np.mean(scores)), len(scores)
-    if count == 1:
-        return f"{mean:.3f} (1)"
-    text = f"{mean:.3f} ± {half_width(scores):.3f} ({count})"
-    return f"**{text}**" if level(scores, best) else text
-
-
-def half_width(scores: Sequence[float]) -> float:
-    """Return half of the mean's 95 % interval (Student's t); 0 for one score."""
-    from scipy.stats import t
-
-    count = len(scores)
-    if count < 2:
-        return 0.0
-    return float(t.ppf(0.975, count - 1) * np.std(scores, ddof=1) / np.sqrt(count))
-
-
-def plot(runs: Sequence[Run], cases: Sequence[Case], entries: Sequence[str], path: Path) -> None:
-    """Draw scores over trials, a panel per case: lines are means, bands 95 % intervals."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    drawn = [case for case in cases if any(run.case == case.name for run in runs)]
-    wide = 4 if len(drawn) > 4 else len(drawn)
-    tall = -(-len(drawn) // wide)
-    figure = Figure(figsize=(3.6 * wide, 3.0 * tall + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(tall, wide, squeeze=False)
-    trials = [round(share * runs[0].budget) for share in SHARES]
-    for axes, case in zip(panels.flat, drawn, strict=False):
-        for number, entry in enumerate(entries):
-            rows = [run.scores for run in runs if (run.case, run.entry) == (case.name, entry)]
-            if not rows:
-                continue
-            means = np.mean(rows, axis=0)
-            halves = np.array([half_width(column) for column in zip(*rows, strict=True)])
-            colour = f"C{number}"
-            axes.plot(trials, means, "o-", color=colour, label=entry)
-            axes.fill_between(trials, means - halves, means + halves, color=colour, alpha=0.12)
-        several = case.objectives > 1
-        axes.set_title(case.name)
-        axes.set_xlabel("trials")
-        axes.set_ylabel("hypervolume on test items" if several else "accuracy on test items")
-    for axes in panels.flat[len(drawn) :]:
-        axes.remove()
-    handles = {
-        label: line
-        for axes in panels.flat[: len(drawn)]
-        for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=len(entries)
-    )
-    figure.savefig(path, dpi=110)
-
-
-def read(path: Path) -> Run:
-    """Return a finished search."""
-    values = json.loads(path.read_text())
-    return Run(**{**values, "scores": tuple(values["scores"])})
-
-
 def fits(case: Case, entry: str) -> bool:
     """Return whether a searcher is for a case."""
     found = find_searcher(ENTRIES[entry][0])
@@ -514,11 +378,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = [run for run in runs if run.case in given.cases and run.budget == given.budget]
     if not runs:
         sys.exit(f"nothing was searched with {given.budget} trials yet")
-    print(table(runs, CASES))
+    names = [case.name for case in CASES]
+    text = table(runs, names, list(ENTRIES))
+    print(text)
     if given.markdown is not None:
-        given.markdown.write_text(table(runs, CASES) + "\n")
+        given.markdown.write_text(text + "\n")
     if given.plot is not None:
-        plot(runs, CASES, given.lines, given.plot)
+        plot(runs, names, given.lines, given.plot)
     return 0
 
 
