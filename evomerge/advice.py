@@ -13,6 +13,7 @@ from evomerge.fitness.splits import ItemSplit
 from evomerge.models import Models
 from evomerge.search.generation import generation_size
 from evomerge.search.protocol import SearchProblem
+from evomerge.search.registry import check_arguments
 from evomerge.space import Space
 from evomerge.study_space import MIXING
 
@@ -65,7 +66,35 @@ def _search(file: StudyFile, space: Space) -> list[str]:
             f"search.searcher: {file.search.searcher} mixes the baselines, which lie at few "
             "values of what is no real number, and hardly leaves them (nsga2, ga or gp_rounds do)"
         )
-    return warnings
+    return [*warnings, *_short(file)]
+
+
+def _short(file: StudyFile) -> list[str]:
+    """Return whether a searcher cannot do what it is for in so few trials."""
+    name, trials = file.search.searcher, file.search.trials
+    if trials is None:
+        return []
+    experts = len(file.models.experts)
+    if name == "m2n2" and trials <= 2 * experts:
+        return [
+            f"search.trials: m2n2 begins with the baselines as trials of its own, one for each of "
+            f"{experts} experts at least, and {trials} trials leave it little to mix (give it "
+            f"{5 * experts} or more)"
+        ]
+    if name == "nested_map" and trials < 6 * (experts - 1):
+        return [
+            f"search.trials: nested_map merges {experts} experts in {experts - 1} steps, and a "
+            f"quadratic of two coefficients has 6 unknowns; {trials} trials may end before the "
+            f"last step (give it {6 * (experts - 1)} or more)"
+        ]
+    arguments = check_arguments(name, file.search.arguments) if name == "evo_merging" else {}
+    population = arguments.get("population")
+    if isinstance(population, int) and arguments["stages"] == "both" and trials < 3 * population:
+        return [
+            f"search.trials: {trials} trials are less than three generations of {population} for "
+            "the two stages of evo_merging (give it more, or a smaller population)"
+        ]
+    return []
 
 
 def _item_budget(file: StudyFile, splits: Sequence[ItemSplit], problem: SearchProblem) -> list[str]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+from tiny_project import tiny_project
 from toy_study import ToySearcher, toy_study
 
+from evomerge.config import load
 from evomerge.facts import front_facts, status_facts, status_lines
 from evomerge.journal import read
+from evomerge.prepare import prepare
 
 
 class Says(ToySearcher):
@@ -43,3 +48,26 @@ def test_what_a_searcher_says_survives_a_resume_at_every_record(tmp_path: Path) 
         assert view.searcher == {"told": "45"}
         events = [record["ev"] for record in read(directory).records]
         assert events.count("note") == 3
+
+
+@pytest.mark.parametrize(
+    ("searcher", "enough", "words"),
+    [
+        ("m2n2", 5, "leave it little to mix (give it 10 or more)"),
+        ("nested_map", 6, "may end before the last step (give it 6 or more)"),
+        ("evo_merging", 60, "less than three generations of 20"),
+        ("random", 1, ""),
+    ],
+)
+def test_check_says_what_too_few_trials_do_to_a_searcher(
+    tmp_path: Path, save_llama: Callable[..., Path], searcher: str, enough: int, words: str
+) -> None:
+    folder = tiny_project(tmp_path, save_llama)
+
+    def warnings(trials: int) -> str:
+        settings = [f"search.searcher={searcher}", f"search.trials={trials}"]
+        return "\n".join(prepare(load(folder / "study.yaml", settings), folder / "s").warnings)
+
+    assert words in warnings(max(1, enough - 1))
+    assert "search.trials: " + searcher not in warnings(enough)
+    assert not words or words not in warnings(enough)

@@ -10,12 +10,13 @@ coefficients on. Beyond these sizes the figures are those of the prototype on me
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
 from evomerge.search.protocol import Candidate, Searcher, SearchProblem, Told
+from evomerge.trial import Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,17 @@ class AutoSearcher:
     def tell(self, results: Sequence[Told]) -> None:
         """See ``Searcher.tell``."""
         self._inner.tell(results)
+
+    @property
+    def generation(self) -> int | None:
+        """See ``Searcher``; None where the chosen searcher knows none."""
+        generation: int | None = getattr(self._inner, "generation", None)
+        return generation
+
+    def origin(self, candidate: int) -> Origin | None:
+        """See ``Searcher``; None where the chosen searcher does not say."""
+        say: Callable[[int], Origin | None] = getattr(self._inner, "origin", lambda _: None)
+        return say(candidate)
 
     def facts(self) -> Mapping[str, str]:
         """Return the choice and its reason, and what the chosen searcher says."""

@@ -19,7 +19,7 @@ unit; 0.05 was made for cross-entropy in nats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import inf
 from typing import Any
 
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from evomerge.errors import InputError
 from evomerge.search.generational import GenerationalSearcher
-from evomerge.search.protocol import SearchProblem
+from evomerge.search.protocol import SearchProblem, Told
 
 Array = NDArray[np.float64]
 
@@ -66,10 +66,10 @@ class Strategy:
         self._points = self._strategy.ask()
         return np.stack(self._points)[:, : len(self.best)]
 
-    def learn(self, losses: Array) -> None:
-        """Take the losses [n] of the points last generated."""
-        best = int(np.argmin(losses))
-        if losses[best] < self.best_loss:
+    def learn(self, losses: Array, failed: NDArray[np.bool_]) -> None:
+        """Take the losses [n] of the points last generated, and which of them are penalties [n]."""
+        best = int(np.argmin(np.where(failed, inf, losses)))
+        if not failed[best] and losses[best] < self.best_loss:
             self.best_loss = float(losses[best])
             self.best = np.array(self._points[best][: len(self.best)])
         self._strategy.tell(self._points, losses.tolist())
@@ -122,6 +122,8 @@ class EvoMergingEngine:
         self._point: Array = start  # what holds for dimensions that no stage searches now
         self._stages = self._plan(problem, set(columns))
         self._generations = 0
+        #: Which of the generation that is learned from next failed [n].
+        self.failed = np.zeros(arguments["population"], dtype=bool)
         self._enter(0)
 
     def generate(self) -> Array:
@@ -142,7 +144,7 @@ class EvoMergingEngine:
             if searched.any():
                 size = np.abs(self._coefficients[:, searched]).mean(axis=1)
                 total = total + self._arguments[name] * size
-        self._strategy.learn(total)
+        self._strategy.learn(total, self.failed[: len(total)])
 
     def facts(self) -> Mapping[str, str]:
         """Return which stage it is, and its best coefficients."""
@@ -207,7 +209,17 @@ class EvoMergingSearcher(GenerationalSearcher):
 
     def __init__(self, problem: SearchProblem, arguments: Mapping[str, Any]) -> None:
         self._stages = EvoMergingEngine(problem, arguments)
+        self._failed: set[int] = set()
         super().__init__(problem, self._stages)
+
+    def tell(self, results: Sequence[Told]) -> None:
+        """See ``GenerationalSearcher.tell``; a failed merge never is the best of a stage."""
+        super().tell(results)
+        self._failed.update(told.id for told in results if told.failed)
+
+    def _next_generation(self) -> None:
+        self._stages.failed = np.array([id_ in self._failed for id_ in self._ids], dtype=bool)
+        super()._next_generation()
 
     def facts(self) -> Mapping[str, str]:
         """See ``EvoMergingEngine.facts``."""

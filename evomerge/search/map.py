@@ -79,7 +79,9 @@ class MapProposer:
         self._surrogates = tuple(fit(known.points, column) for column in known.losses.T)
         self._points = len(known.points)
         if known.told < self._learned:
-            return self._uncertain(known, min(self._batch, self._learned - known.told))
+            proposal = self._uncertain(known, min(self._batch, self._learned - known.told))
+            if len(proposal.points):
+                return proposal
         start = measured_front(known.points, known.losses)
         seed = int(self._generator.integers(2**31))
         problem = self._problem
@@ -114,7 +116,7 @@ class MapProposer:
         return np.stack([one(points) for one in self._surrogates], axis=1)
 
     def _uncertain(self, known: Known, count: int) -> Proposal:
-        """Return the points whose measurement tells most, one after the other."""
+        """Return the points whose measurement tells most; none where all merges are known."""
         assert self._scale is not None
         pool = sobol(_VARIANCE_POOL, self._problem.dimension, self._generator)
         pool = snap(pool, self._problem.kinds)

@@ -104,12 +104,21 @@ class GeneticEngine:
 
     def generate(self) -> Array:
         """Return the next offspring [n, d]; n = 0 when only duplicates could be bred."""
-        self._infills = self._breeding.algorithm.ask()
-        if self._infills is None:
+        new = self._bred()
+        if self._infills is not None and not new:
+            # All of the first population are baselines, as may be where there are few merges.
+            _advance(self._breeding.algorithm, self._infills)
+            new = self._bred()
+        if not new:
             return np.empty((0, self._breeding.box.n_var))
-        new = [index for index, one in enumerate(self._infills) if not one.evaluated]
         self._fresh = self._infills[new]
         return np.asarray(self._fresh.get("X"), dtype=np.float64)
+
+    def _bred(self) -> list[int]:
+        """Let pymoo breed; return the rows of what has no losses yet."""
+        self._infills = self._breeding.algorithm.ask()
+        infills = () if self._infills is None else self._infills
+        return [index for index, one in enumerate(infills) if not one.evaluated]
 
     def learn(self, losses: Array) -> None:
         """Give the offspring their losses [n, m] and select the survivors."""
@@ -399,8 +408,10 @@ def _genetic(problem: SearchProblem, algorithm: Any, arguments: Mapping[str, Any
 def _directed(problem: SearchProblem, algorithm: Any, arguments: Mapping[str, Any]) -> Searcher:
     """Return a genetic algorithm of pymoo that needs reference directions."""
     directions = _directions(problem, arguments)
-    # With few objectives the directions are as many as the members; with more they are fewer.
-    return _genetic(problem, partial(algorithm, directions), arguments)
+    # With few objectives the directions are as many as the members; with more they are fewer, but
+    # never less than the objectives.
+    size = max(arguments["population"] or default_population(problem), len(directions))
+    return _genetic(problem, partial(algorithm, directions), {**arguments, "population": size})
 
 
 def _operators(
@@ -418,7 +429,10 @@ def _operators(
 
 
 def _directions(problem: SearchProblem, arguments: Mapping[str, Any]) -> Array:
-    """Return evenly spread weights [n, m] (Das & Dennis 1998), at most one per member."""
+    """Return evenly spread weights [n, m] (Das & Dennis 1998), about as many as members.
+
+    At most one per member, but no less than the objectives.
+    """
     from pymoo.util.ref_dirs import get_reference_directions
 
     size = arguments["population"] or default_population(problem)

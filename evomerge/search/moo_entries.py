@@ -15,7 +15,7 @@ from evomerge.search.entry import (
 )
 
 _POPULATION = ArgumentSpec(
-    int, None, 4, 10_000, "members; default an eighth of the budget, 16 to 40"
+    int, None, 4, 10_000, "members; default an eighth of the trials, 16 to 40, at most half of them"
 )
 _GENETIC: Mapping[str, ArgumentSpec] = MappingProxyType(
     {

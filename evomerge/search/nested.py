@@ -48,8 +48,9 @@ class NestedPlan:
     """One stage per node of the tree, from the leaves to the root.
 
     Args:
-        problem: what is searched. Base and experts are found by the labels of its warm points;
-            without them the lowest corner stands for the base and each column for an expert.
+        problem: what is searched. Base and experts are found by the labels of its warm points,
+            a base that was not scored by what the experts share; without experts the lowest
+            corner stands for the base and each column for an expert.
         arguments: of MAP.
     """
 
@@ -145,9 +146,9 @@ def _leaves(problem: SearchProblem) -> tuple[Array, list[Node]]:
     """Return the point of the base [d] and the experts as nodes."""
     base = next((point for point in problem.warm if point.label == "base"), None)
     experts = [point for point in problem.warm if point.label.startswith("expert:")]
-    if base is not None and len(experts) >= 2:
+    if len(experts) >= 2 and (base is not None or problem.groups):
         owners = np.array([point.losses for point in experts]).argmin(axis=0)  # [m]
-        return np.array(base.x), [
+        return _base(problem, experts) if base is None else np.array(base.x), [
             Node(
                 point.label.removeprefix("expert:"),
                 np.array(point.x),
@@ -166,6 +167,43 @@ def _leaves(problem: SearchProblem) -> tuple[Array, list[Node]]:
     return np.zeros(problem.dimension), leaves
 
 
+def _base(problem: SearchProblem, experts: Sequence[WarmPoint]) -> Array:
+    """Return the point of a base that was not scored [d]: in each expert all others are absent."""
+    first, second = experts[0], experts[1]
+    own = f".{first.label.removeprefix('expert:')}"
+    return np.array(
+        [
+            second.x[index] if column.endswith(own) else first.x[index]
+            for index, (column, _) in enumerate(problem.groups)
+        ]
+    )
+
+
+def left_out(problem: SearchProblem) -> tuple[str, ...]:
+    """Return the experts of the space that are no leaves, as they were not scored alone."""
+    scored = {p.label.removeprefix("expert:") for p in problem.warm if p.label[:7] == "expert:"}
+    named = dict.fromkeys(column.partition(".")[2] for column, _ in problem.groups)
+    return tuple(name for name in named if name and name not in scored) if scored else ()
+
+
+class NestedSearcher(StagedSearcher):
+    """The tree, which also says who is not in it."""
+
+    def __init__(self, problem: SearchProblem, arguments: Mapping[str, Any]) -> None:
+        super().__init__(problem, NestedPlan(problem, arguments))
+        self._left_out = left_out(problem)
+
+    def facts(self) -> Mapping[str, str]:
+        """See ``StagedSearcher.facts``; experts that are not merged, where there are any."""
+        facts = dict(super().facts())
+        if self._left_out:
+            shown = ", ".join(self._left_out[:3]) + (", ..." if len(self._left_out) > 3 else "")
+            facts["left out"] = (
+                f"{len(self._left_out)} experts that have no score alone are not merged: {shown}"
+            )
+        return facts
+
+
 def nested(problem: SearchProblem, arguments: Mapping[str, Any]) -> StagedSearcher:
     """Return Nested MAP."""
-    return StagedSearcher(problem, NestedPlan(problem, arguments))
+    return NestedSearcher(problem, arguments)

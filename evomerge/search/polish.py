@@ -20,4 +20,5 @@ def polish(problem: SearchProblem, arguments: Mapping[str, Any]) -> Searcher:
         # Its loss only says where to begin; CMA-ES ranks what it measures itself.
         problem = replace(problem, warm=(WarmPoint(problem.start, (0.0,)),))
     own = {key: arguments[key] for key in ("sigma", "population")}
-    return find_searcher("cma").build(problem, check_arguments("cma", own))
+    # Its steps may be smaller than those that CMA-ES may be given to begin with.
+    return find_searcher("cma").build(problem, {**check_arguments("cma", {}), **own})

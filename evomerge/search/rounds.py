@@ -27,7 +27,7 @@ class Known:
 
     Attributes:
         points: that succeeded [n, d].
-        losses: of them [n, m].
+        losses: of them [n, m]; none is beyond the ``fence``.
         failed: points that did not succeed [f, d].
         told: candidates told so far, failed ones counted, warm points not.
         warm: how many of ``points`` are warm points.
@@ -77,6 +77,7 @@ class RoundSearcher:
         self._ids: list[int] = []  # of this round, in ask order
         self._told: dict[int, Told] = {}
         self._archive: list[tuple[tuple[float, ...], Told]] = []
+        self._fence: Array = np.full(problem.objectives, np.inf)
         self._compared: list[tuple[Array, Array]] = []  # measured and predicted losses [m]
 
     def ask(self, n: int) -> Sequence[Candidate]:
@@ -145,14 +146,36 @@ class RoundSearcher:
         problem = self._problem
         good = [(point, told.losses) for point, told in self._archive if not told.failed]
         rows = [(point.x, point.losses) for point in problem.warm] + good
+        losses = np.array([y for _, y in rows], np.float64).reshape(-1, problem.objectives)
+        if self._archive:  # baselines and design say what an outlier is for the whole search
+            self._fence = np.where(np.isinf(self._fence), fence(losses), self._fence)
         failed = [point for point, told in self._archive if told.failed]
         return Known(
             points=np.array([x for x, _ in rows], np.float64).reshape(-1, problem.dimension),
-            losses=np.array([y for _, y in rows], np.float64).reshape(-1, problem.objectives),
+            losses=np.minimum(losses, self._fence),
             failed=np.array(failed, np.float64).reshape(-1, problem.dimension),
             told=len(self._archive),
             warm=len(problem.warm),
         )
+
+
+def fence(losses: Array) -> Array:
+    """Return beyond which loss of each objective [m] a merge is an outlier.
+
+    A broken merge may score thousands of times worse than all others. Its value would stretch
+    the scale of a hypervolume, and the variance of a process, until the rest look alike. The
+    fence stands three times the distance from the best to the upper quartile beyond the latter
+    (Tukey's outer fence, from the best instead of the lower quartile); nowhere for less than
+    four points, or where three quarters are level.
+
+    Args:
+        losses: [n, m], finite.
+    """
+    if len(losses) < 4:
+        return np.full(losses.shape[1], np.inf)
+    best, upper = losses.min(axis=0), np.quantile(losses, 0.75, axis=0, method="lower")
+    with np.errstate(over="ignore"):
+        return np.where(upper > best, upper + 3.0 * (upper - best), np.inf)
 
 
 def _prediction_error(compared: Sequence[tuple[Array, Array]]) -> str:

@@ -80,7 +80,8 @@ SURROGATES: Mapping[str, SearcherEntry] = MappingProxyType(
                 ),
                 "patience": ArgumentSpec(
                     int, None, 2, 100_000,
-                    "trials without a gain before untying; default a tenth of the trials, from 10",
+                    "trials without a gain before untying; default a tenth of the trials, at least "
+                    "10 and twice `parallel`",
                 ),
                 "share": ArgumentSpec(
                     float, 0.5, 0.0, 1.0, "of the trials, at most, for the levels before the last"
@@ -109,7 +110,7 @@ SURROGATES: Mapping[str, SearcherEntry] = MappingProxyType(
         "auto": SearcherEntry(
             "auto",
             "evomerge",
-            "chosen by trials, coefficients, objectives, noise and parallelism; says why",
+            "chosen by trials, coefficients, objectives and parallelism; says why",
             multi_objective=True,
             generational=False,
             arguments={},

@@ -120,7 +120,10 @@ def half_width(scores: Sequence[float]) -> float:
 
 
 def plot(runs: Sequence[Run], cases: Sequence[str], entries: Sequence[str], path: Path) -> None:
-    """Draw scores over trials, a panel per case: lines are means, bands 95 % intervals."""
+    """Draw scores over trials, a panel per case: lines are means, bands 95 % intervals.
+
+    The axes reach as far as the means.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -138,6 +141,10 @@ def plot(runs: Sequence[Run], cases: Sequence[str], entries: Sequence[str], path
                 lines[entry] = _line(axes, rows, f"C{number}")
         axes.set_title(case)
         axes.set_xlabel("trials")
+        heights = [height for line in axes.get_lines() for height in line.get_ydata()]
+        margin = 0.15 * (max(heights) - min(heights)) + 0.002
+        # Bands of few seeds are wider than all that tells the searchers apart.
+        axes.set_ylim(min(heights) - margin, max(heights) + margin)
         one = case.endswith("x1")
         axes.set_ylabel("test accuracy" if one else "hypervolume on test items")
     for axes in panels.flat[len(drawn) :]:
