@@ -88,15 +88,18 @@ def _best(columns: Sequence[Sequence[float]]) -> Sequence[float]:
 
 def level(scores: Sequence[float], best: Sequence[float]) -> bool:
     """Return whether scores cannot be told from the best ones."""
-    from scipy.stats import ttest_ind
+    from scipy.stats import ttest_ind_from_stats
 
     if min(len(scores), len(best)) < 3:
         return False
-    if np.mean(scores) == np.mean(best) or np.std([*scores, *best]) == 0:
-        return True
-    if np.std(scores) == np.std(best) == 0:
-        return False  # no spread to hide behind
-    return float(ttest_ind(scores, best, equal_var=False).pvalue) > 0.05
+    means, spreads = [(float(f(scores)), float(f(best))) for f in (np.mean, np.ptp)]
+    if max(spreads) < 1e-9:  # nothing to tell them apart by but the means themselves
+        return abs(means[0] - means[1]) < 1e-9
+    deviations = [float(np.std(one, ddof=1)) for one in (scores, best)]
+    test = ttest_ind_from_stats(
+        means[0], deviations[0], len(scores), means[1], deviations[1], len(best), equal_var=False
+    )
+    return float(test.pvalue) > 0.05
 
 
 def _cell(scores: Sequence[float], best: Sequence[float]) -> str:
