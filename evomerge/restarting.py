@@ -48,8 +48,8 @@ def explained(error: ReplayError, history: History, study: Study) -> str:
         lines.append(f"  {FLAG} cannot help here: {problem}")
     else:
         lines.append(
-            f"  to go on from all that was measured, with a fresh searcher: {_COMMAND} (then the "
-            "search is no longer reproducible from its seed alone)"
+            f"  to go on from all that was measured, with a fresh searcher: {_COMMAND} (`evomerge "
+            "submit` takes it too; then the search is no longer reproducible from its seed alone)"
         )
     return "\n".join(lines)
 
