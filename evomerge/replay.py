@@ -45,6 +45,7 @@ class Verified:
         trials: asked.
         results: on any split.
         compared: asks that a fresh searcher repeated bit for bit; None where it was not asked to.
+        taken: asks before the last restart of the search, which no searcher can repeat.
         finished: the study has its front.
         damaged: records are unreadable or contradict each other; ``repair`` cuts them off.
         problems: one line each; empty where all is right.
@@ -57,6 +58,7 @@ class Verified:
     trials: int
     results: int
     compared: int | None
+    taken: int
     finished: bool
     damaged: bool
     problems: tuple[str, ...]
@@ -111,10 +113,19 @@ def verify(directory: Path, study: Study | None) -> Verified:
         trials=events.count("ask"),
         results=sum(event in ("tell", "score", "part") for event in events),
         compared=compared,
+        taken=_taken(history),
         finished=history.done is not None,
         damaged=damaged,
         problems=tuple(problems),
     )
+
+
+def _taken(history: History) -> int:
+    restart = history.provenance.last
+    if restart is None:
+        return 0
+    trials = [history.trials[number] for number in range(restart.trial)]
+    return sum(trial.kind != "baseline" for trial in trials)
 
 
 def _scan(path: Path) -> tuple[Scan, str]:

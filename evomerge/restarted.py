@@ -106,17 +106,6 @@ def draws_before(history: History, restart: Restart, first: int) -> int:
     return len(sets) if len(sets) > 1 else 0
 
 
-def require_restartable(study: Study) -> None:
-    """Refuse a study of which a part would not survive another searcher.
-
-    Raises:
-        InputError: names that part.
-    """
-    problem = restart_problem(study)
-    if problem:
-        raise InputError(f"--restart-search: {problem}")
-
-
 def restart_problem(study: Study) -> str:
     """Return why a study cannot go on with a fresh searcher; empty where it can."""
     if isinstance(study.racing, Halving):

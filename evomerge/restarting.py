@@ -43,7 +43,7 @@ def explained(error: ReplayError, history: History, study: Study) -> str:
     """
     provenance = history.provenance
     lines = [str(error), *_then_and_now(error.trial, provenance)]
-    problem = _FINISHED if history.done is not None else _obstacle(error, study)
+    problem = _obstacle(error, history, study)
     if problem:
         lines.append(f"  {FLAG} cannot help here: {problem}")
     else:
@@ -82,27 +82,26 @@ def _then_and_now(trial: int | None, provenance: Provenance) -> list[str]:
     return [*lines, f"{exact} {remedy}"]
 
 
-def _obstacle(error: ReplayError, study: Study) -> str:
+def _obstacle(error: ReplayError, history: History, study: Study) -> str:
     """Return why another searcher would not mend an error; empty where it would."""
+    if history.done is not None:
+        return _FINISHED
     if error.trial is not None and error.trial < len(study.baselines):
         return f"trial {error.trial} is a baseline, which no searcher asks"
-    return restart_problem(study)
+    return restart_problem(study) or _other_merge(history, study)
 
 
-def require_trials_decode(study: Study, history: History) -> None:
-    """Refuse points that are other merges by now: then it is not the searcher that changed.
-
-    Raises:
-        ReplayError: names the first one.
-    """
+def _other_merge(history: History, study: Study) -> str:
+    """Return which point is another merge by now: then it is not the searcher that changed."""
     for number, trial in history.trials.items():
         if trial.kind == "baseline" or trial.x is None:
             continue
         if study.decode(trial.x).digest != history.digests[number]:
-            raise ReplayError(
-                f"trial {number}: the same x decodes to another recipe: the space changed since "
-                f"the study began, which {FLAG} cannot mend"
+            return (
+                f"trial {number}: the same point is another merge by now, so the space changed, "
+                "and points and results of then do not belong together any more"
             )
+    return ""
 
 
 def restart_where_needed(study: Study, journal: Journal) -> None:
@@ -112,8 +111,7 @@ def restart_where_needed(study: Study, journal: Journal) -> None:
     journal and asks its searcher again; needs no workers.
 
     Raises:
-        InputError: the study cannot go on with another searcher, or is finished.
-        ReplayError: what is not repeated is asked by no searcher.
+        InputError: the study cannot go on with another searcher, or is finished; says why.
     """
     records = read(study.directory).records
     history = History.of(records, str(study.directory))
@@ -131,12 +129,9 @@ def restart_where_needed(study: Study, journal: Journal) -> None:
         f"trial {asked - found.missing}: the searcher does not ask for it as early as it did",
         asked - found.missing,
     )
-    if history.done is not None:
-        raise InputError(f"{FLAG}: {study.directory}: {_FINISHED}")
-    problem = _obstacle(error, study)
+    problem = _obstacle(error, history, study)
     if problem:
-        raise InputError(f"{FLAG}: {problem}; {error}")
-    require_trials_decode(study, history)
+        raise InputError(f"{FLAG} cannot help here: {problem}\n  not repeated: {error}")
     reason = _reason(error, history.provenance)
     limits = len(history.limits(study.budget, study.item_budget))
     record = journal.append(

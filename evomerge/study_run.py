@@ -6,7 +6,8 @@ oldest one, always; then the window is filled again. With ``order: completion`` 
 the one whose result came first: workers never wait, and the journal is the only record of what
 the search depended on. What a trial is scored on, whom it races against and whether the budget
 allows it follow from what the searcher was told before. Resuming is the same loop. It takes asks
-and results from the journal as long as there are any, and compares every ask.
+and results from the journal as long as there are any, and compares every ask. Where a fresh
+searcher took over (``evomerge.restart_record``), the trials before it are only finished.
 """
 
 from __future__ import annotations

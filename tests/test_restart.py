@@ -151,6 +151,7 @@ def test_after_a_restart_it_resumes_from_any_record_without_the_flag_and_replays
     found = verify(whole, moved(whole, budget=14))
     # Of the trials before the restart only the three baselines are made again.
     assert (found.problems, found.compared, found.finished) == ((), 3 + 17 - BEFORE, True)
+    assert found.taken == BEFORE - 3
     [record] = events_of(whole, "restart")
     for records in range(record["seq"] + 1, len(read(whole).records)):
         directory = tmp_path / f"cut{records}"
@@ -373,8 +374,8 @@ def test_the_command_line_restarts_and_says_so(
     for command in ("status", "front", "replay"):
         shown = call(command, str(directory))
         assert shown.exit_code == 0, shown.output
-        if command != "replay":
-            assert "no longer reproducible" in " ".join(shown.output.split())
+        said = "before its restart" if command == "replay" else "no longer reproducible"
+        assert said in " ".join(shown.output.split())
     assert call("report", str(directory), "--out", str(tmp_path / "r.html")).exit_code == 0
     assert "The search was restarted before trial" in (tmp_path / "r.html").read_text()
     help_text = " ".join(call("run", "--help").output.split())

@@ -40,7 +40,7 @@ def test_what_would_not_survive_it_is_refused(
 ) -> None:
     begun(tmp_path / "s", **changes)
     before = (tmp_path / "s" / JOURNAL).read_bytes()
-    with pytest.raises(InputError, match=f"^--restart-search: .*{text}") as caught:
+    with pytest.raises(InputError, match=f"^--restart-search cannot help here: .*{text}") as caught:
         moved(tmp_path / "s", **changes).run(restart=True)
     assert caught.value.exit_code == 2
     with pytest.raises(ReplayError, match=f"--restart-search cannot help here: .*{text}"):
@@ -71,8 +71,13 @@ def test_finished_studies_baselines_and_other_spaces_are_refused(tmp_path: Path)
     )
     with pytest.raises(InputError, match=r"trial 0 is a baseline, which no searcher asks"):
         moved(tmp_path / "s", baselines=others).run(restart=True)
-    with pytest.raises(ReplayError, match=r"the same x decodes to another recipe"):
-        moved(tmp_path / "s", decode=lambda x: recipe([3 * value for value in x])).run(restart=True)
+    other = {"decode": lambda x: recipe([3 * value for value in x]), "baselines": ()}
+    directory = tmp_path / "unlike"
+    begun(directory, baselines=())
+    with pytest.raises(InputError, match=r"trial 0: the same point is another merge by now"):
+        moved(directory, **other).run(restart=True)
+    with pytest.raises(ReplayError, match=r"cannot help here: trial 0: the same point is another"):
+        moved(directory, **other).run()
     assert (tmp_path / "s" / JOURNAL).read_bytes() == before
 
 
