@@ -125,7 +125,7 @@ def _taken(history: History) -> int:
     if restart is None:
         return 0
     trials = [history.trials[number] for number in range(restart.trial)]
-    return sum(trial.kind != "baseline" for trial in trials)
+    return sum(trial.kind == "search" and not trial.label for trial in trials)
 
 
 def _scan(path: Path) -> tuple[Scan, str]:

@@ -78,7 +78,7 @@ def rerun(study: Study, history: History) -> Rerun:
     restart = history.provenance.last
     asked = len(history.trials)
     if restart is not None:
-        asked -= restart.trial - len(study.baselines)  # those stand as they are
+        asked -= restart.trial - study.first  # those stand as they are
     recorded, history.done = history.done, None
     quiet = copy.copy(study)
     quiet.make_pool, quiet.listeners, quiet.spool = _NoWorkers, (), None

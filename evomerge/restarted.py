@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from evomerge.errors import InputError
-from evomerge.evaluations import Evaluations, Request
+from evomerge.errors import InputError, ReplayError
 from evomerge.halving import Halving
+from evomerge.items import Chosen, TrialItems
 from evomerge.restart_record import EARLIER, Restart
 from evomerge.search.protocol import Candidate, Searcher, Told, WarmPoint
 from evomerge.search.registry import check_arguments, find_searcher
@@ -61,11 +61,23 @@ def earlier(history: History, restart: Restart, first: int) -> Iterator[Trial]:
         yield history.trials[number]
 
 
-def request_earlier(evaluations: Evaluations, history: History, trials: Sequence[Trial]) -> None:
-    """Have those scored that have no result yet; they race against nobody."""
-    for trial in trials:
-        items = history.items_of("search", trial.number)
-        evaluations.request(Request(trial, "search", items))
+def chosen_earlier(items: TrialItems, history: History, number: int, first: int) -> Chosen:
+    """Return what a trial before a restart is scored on; it races against nobody.
+
+    Raises:
+        ReplayError: an estimator now chooses other items than those that it was asked for.
+    """
+    recorded = history.items_of("search", number)
+    if items.design is None:
+        return Chosen(recorded)
+    chosen = items.of(number - first, None)
+    if chosen.items != recorded:
+        raise ReplayError(
+            f"trial {number}: the estimator chose other items for it when it was asked, so that "
+            "estimates of then and now are not of one kind",
+            number,
+        )
+    return chosen
 
 
 def warm_points(
@@ -113,10 +125,10 @@ def restart_problem(study: Study) -> str:
             "search.racing: a bracket of a search that halves is scored and told as a whole, and "
             "one that is cut in two would compare what cannot be compared"
         )
-    if study.estimation is not None:
+    if study.estimation is not None and study.estimation.refresh == "generation":
         return (
-            f"fitness.estimator: {study.estimation.name} is fitted anew at every start, and "
-            "elsewhere it may choose other items than those that the trials were scored on"
+            "fitness.estimator.refresh: generation: the items of a trial follow from the "
+            "generations of the searcher that is to be replaced"
         )
     identity: Mapping[str, Any] = study.contract()["identity"]
     name, arguments = identity.get("searcher"), identity.get("arguments", {})

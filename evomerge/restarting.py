@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from evomerge import numerics
 from evomerge.errors import InputError, ReplayError
-from evomerge.journal import Journal, read
+from evomerge.journal import Journal, Record, read
 from evomerge.numerics import SEARCH_PACKAGES, differences, environment
 from evomerge.rerun import rerun
 from evomerge.restart_record import Provenance, restart_note
@@ -86,8 +86,8 @@ def _obstacle(error: ReplayError, history: History, study: Study) -> str:
     """Return why another searcher would not mend an error; empty where it would."""
     if history.done is not None:
         return _FINISHED
-    if error.trial is not None and error.trial < len(study.baselines):
-        return f"trial {error.trial} is a baseline, which no searcher asks"
+    if error.trial is not None and error.trial < study.first:
+        return f"trial {error.trial} is a baseline or a calibration, which no searcher asks"
     return restart_problem(study) or _other_merge(history, study)
 
 
@@ -133,12 +133,26 @@ def restart_where_needed(study: Study, journal: Journal) -> None:
     if problem:
         raise InputError(f"{FLAG} cannot help here: {problem}\n  not repeated: {error}")
     reason = _reason(error, history.provenance)
-    limits = len(history.limits(study.budget, study.item_budget))
-    record = journal.append(
-        "restart", trial=asked, limits=limits, reason=reason, replay=str(error), numerics=here
-    )
-    history.add(record)
+    fields = {
+        "trial": asked, "limits": len(history.limits(study.budget, study.item_budget)),
+        "reason": reason, "replay": str(error), "numerics": here,
+    }  # fmt: skip
+    _require_to_work(study, records, fields)
+    history.add(journal.append("restart", **fields))
     logger.warning("search restarted %s", restart_note(history.provenance.restarts[-1:]))
+
+
+def _require_to_work(study: Study, records: Sequence[Record], fields: Mapping[str, Any]) -> None:
+    """Refuse a restart before it is written, where the study could not go on from it.
+
+    Raises:
+        InputError: says why not.
+    """
+    history = History.of(records, str(study.directory))
+    history.add({"ev": "restart", "t": history.latest, **fields})
+    error = rerun(study, history).error
+    if error is not None:
+        raise InputError(f"{FLAG} cannot help here: {error}")
 
 
 def _reason(error: ReplayError, provenance: Provenance) -> str:

@@ -256,6 +256,12 @@ class Study:
         return view
 
     @property
+    def first(self) -> int:
+        """Number of the first trial that a searcher asks: behind baselines and calibration."""
+        calibration = 0 if self.estimation is None else self.estimation.calibration
+        return len(self.baselines) + calibration
+
+    @property
     def planned(self) -> int:
         """Trials of the search: the budget, or how many the item budget buys without a saving."""
         if self.budget is not None:

@@ -36,10 +36,10 @@ from evomerge.restart_record import Restart
 from evomerge.restarted import (
     Asker,
     NoSearcher,
+    chosen_earlier,
     draws_before,
     earlier,
     left,
-    request_earlier,
     warm_points,
 )
 from evomerge.search.protocol import Searcher, SearchProblem, Told, WarmPoint
@@ -191,7 +191,7 @@ class StudyRun:
         study = self._study
         limits = self._history.limits(study.budget, study.item_budget)
         self._begin("search", limits[-1].trials or study.planned)
-        first = len(study.baselines) + (study.estimation.calibration if study.estimation else 0)
+        first = study.first
         recorded = len(self._history.trials)
         window = Window(self._size, self._items.cost, self._bracket_cost())
         restart = self._history.provenance.last
@@ -248,7 +248,11 @@ class StudyRun:
     ) -> Searcher:
         """Finish what was asked before a restart; return the searcher that goes on from there."""
         trials = list(earlier(self._history, restart, first))
-        request_earlier(self.evaluations, self._history, trials)
+        for trial in trials:
+            chosen = chosen_earlier(self._items, self._history, trial.number, first)
+            self.evaluations.request(
+                Request(trial, "search", chosen.items, chosen.mode, design=chosen.design)
+            )
         for trial in trials:
             if self._settle(trial):
                 self._refer(trial.number)

@@ -232,7 +232,13 @@ def test_a_restarted_search_is_extended_like_any_other(tmp_path: Path, when: str
 
 
 @pytest.mark.parametrize("order", ["ask", "completion"])
-@pytest.mark.parametrize("feature", ["plain", "racing", "resampled", "every", "raced", "budget"])
+@pytest.mark.parametrize(
+    "feature",
+    [
+        "plain", "racing", "resampled", "every", "raced", "budget", "constrained", "estimated",
+        "estimated race", "refreshed race",
+    ],
+)  # fmt: skip
 def test_what_saves_items_goes_on_after_a_restart(tmp_path: Path, feature: str, order: str) -> None:
     directory = tmp_path / "s"
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from economy_study import FEATURES
 from economy_study import study as economy_study
 from moved_study import BEFORE, Moved, begun, moved
 from study_journals import cut, events_of
@@ -48,11 +50,24 @@ def test_what_would_not_survive_it_is_refused(
     assert (tmp_path / "s" / JOURNAL).read_bytes() == before
 
 
-def test_estimated_studies_are_refused(tmp_path: Path) -> None:
-    economy_study(tmp_path / "s", "estimated").run()
-    cut(tmp_path / "s", events_of(tmp_path / "s", "ask")[-3]["seq"] + 1)
-    with pytest.raises(InputError, match=r"fitness\.estimator: shrunk is fitted anew"):
-        economy_study(tmp_path / "s", "estimated", make_searcher=Moved).run(restart=True)
+def test_estimated_studies_are_refused_where_other_items_are_chosen(tmp_path: Path) -> None:
+    directory = tmp_path / "s"
+    economy_study(directory, "refreshed").run()
+    cut(directory, events_of(directory, "ask")[-3]["seq"] + 1)
+    with pytest.raises(InputError, match=r"fitness\.estimator\.refresh: generation"):
+        economy_study(directory, "refreshed", make_searcher=Moved).run(restart=True)
+
+    other = tmp_path / "other"
+    economy_study(other, "estimated").run()
+    cut(other, events_of(other, "ask")[-2]["seq"] + 1)
+    before = (other / JOURNAL).read_bytes()
+    estimation = FEATURES["estimated"]["estimation"]
+    elsewhere = replace(
+        estimation, prepare=lambda endpoints, draw: estimation.prepare(endpoints, draw + 1)
+    )
+    with pytest.raises(InputError, match=r"trial 5: the estimator chose other items"):
+        economy_study(other, "estimated", estimation=elsewhere).run(restart=True)
+    assert (other / JOURNAL).read_bytes() == before
 
 
 def test_finished_studies_baselines_and_other_spaces_are_refused(tmp_path: Path) -> None:
@@ -69,7 +84,7 @@ def test_finished_studies_baselines_and_other_spaces_are_refused(tmp_path: Path)
         Baseline("uniform", (0.5,) * DIMENSION, decode((0.5,) * DIMENSION)),
         Baseline("expert:far", None, recipe([3.0, 0.0, 0.0, 0.0])),
     )
-    with pytest.raises(InputError, match=r"trial 0 is a baseline, which no searcher asks"):
+    with pytest.raises(InputError, match=r"trial 0 is a baseline or a calibration"):
         moved(tmp_path / "s", baselines=others).run(restart=True)
     other = {"decode": lambda x: recipe([3 * value for value in x]), "baselines": ()}
     directory = tmp_path / "unlike"
