@@ -56,6 +56,10 @@ def require_no_directory(file: Path) -> None:
     "--grace", type=click.IntRange(1), default=600, show_default=True,
     help="Seconds that running trials have when the job is stopped.",
 )  # fmt: skip
+@click.option(
+    "--restart-search", is_flag=True,
+    help="Go on with a fresh searcher where the old one does not repeat itself: see `run --help`.",
+)  # fmt: skip
 @AS_JSON
 def submit(
     file: Path,
@@ -63,6 +67,7 @@ def submit(
     overrides: tuple[str, ...],
     follow: bool,
     grace: int,
+    restart_search: bool,
     as_json: bool,
 ) -> None:
     """Run a study on a Ray cluster, or continue it there.
@@ -97,7 +102,7 @@ def submit(
         before = submitted(file)
         address = cluster_address(address, before.address if before else None)
         jobs = connect(address)
-        done = jobs.submit(package, grace)
+        done = jobs.submit(package, grace, ["--restart-search"] if restart_search else [])
     key = package.key
     where = bare_address(address)
     Submitted(key.name, key.directory, where, done.job, overrides).save(file)

@@ -36,6 +36,7 @@ def replay(
     STUDY is a study file or its directory. Checks every record, then builds a fresh searcher and
     asks it everything again: every candidate must be the recorded one bit for bit, and the
     results must lead to the recorded front. Scores nothing, and without --repair changes nothing.
+    Of a search that was restarted (`evomerge run --restart-search`) the last searcher is asked.
     Exit code 6 where something is wrong.
 
     The searcher is built with the settings that the study was run with (study.resolved.yaml beside
@@ -104,6 +105,8 @@ def _lines(verified: Verified) -> dict[str, object]:
     asks = f"{verified.trials} trials asked, {verified.results} results"
     if verified.compared is not None:
         asks += f", {verified.compared} asks repeated by a fresh searcher"
+        if verified.taken:
+            asks += f", {verified.taken} before its restart taken as they are"
     harmless = [
         (verified.torn_bytes, "bytes of a record that a kill cut short"),
         (verified.late, "lines of a driver that had been overtaken"),

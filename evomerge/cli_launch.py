@@ -176,14 +176,29 @@ def check(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @OVERRIDES
 @click.option("--dry-run", is_flag=True, help="Check and print the plan; run nothing.")
+@click.option(
+    "--restart-search", is_flag=True,
+    help="Where the searcher does not repeat its recorded candidates any more (another type of "
+    "CPU, other versions of its libraries), go on with a fresh one that knows all results.",
+)  # fmt: skip
 @AS_JSON
-def run(file: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+def run(
+    file: Path, overrides: tuple[str, ...], dry_run: bool, restart_search: bool, as_json: bool
+) -> None:
     """Run a study, or continue it where it stopped.
 
     Scores the base, every expert and simple merges, searches, re-scores the finalists on
     validation items and the front on held-out items. Stop it with Ctrl-C (once: after the
     running trials; twice: at once) or any other way: the same command continues, and no
     finished evaluation is repeated.
+
+    To continue, the searcher is asked everything again and must repeat itself bit for bit. On
+    another type of CPU, or with other versions of numpy, scipy, pymoo or nevergrad, it may not:
+    then the study stops, names what differs, and says how to go on exactly as it began. With
+    --restart-search it goes on without that: trials that were asked are finished, and a fresh
+    searcher spends the rest of the budget, starting from all results so far. The study is then no
+    longer reproducible from its seed alone, and says so. Later runs need the flag no more. Where
+    the searcher repeats itself the flag changes nothing.
     """
     from evomerge.facts import front_facts, plan_facts, plan_lines
     from evomerge.terminal import make_console, print_finished, run_with_progress
@@ -194,7 +209,7 @@ def run(file: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) ->
         show(plan_facts(prepared) if as_json else plan_lines(prepared), as_json)
         return
     console = make_console(stderr=as_json)
-    finished = run_with_progress(prepared, console)
+    finished = run_with_progress(prepared, console, restart_search)
     if as_json:
         print_json(front_facts(finished.view))
     else:

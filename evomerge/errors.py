@@ -88,7 +88,15 @@ class StorageError(EvomergeError):
 
 
 class ReplayError(StorageError):
-    """The journal does not replay to the asks that it records."""
+    """The journal does not replay to the asks that it records.
+
+    Attributes:
+        trial: the first one that is not repeated, None where it is not known.
+    """
+
+    def __init__(self, message: str, trial: int | None = None) -> None:
+        self.trial = trial
+        super().__init__(message)
 
 
 class EvaluationError(EvomergeError):

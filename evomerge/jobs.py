@@ -158,12 +158,15 @@ class Jobs:
             )
         return attempts[-1]
 
-    def submit(self, package: Package, grace: int = GRACE_SECONDS) -> Submission:
+    def submit(
+        self, package: Package, grace: int = GRACE_SECONDS, options: Sequence[str] = ()
+    ) -> Submission:
         """Start a driver for a study, unless one is at work on it.
 
         Args:
             package: what it takes along.
             grace: seconds that running trials have when the job is stopped.
+            options: of ``evomerge run``.
 
         Raises:
             LockedError: a driver is at work on it with other settings.
@@ -179,7 +182,7 @@ class Jobs:
             name = f"{package.key.job}-{attempt}"
             try:
                 with _errors():
-                    self._client.submit_job(**_request(package, name, grace))
+                    self._client.submit_job(**_request(package, name, grace, options))
             except SetupError as error:
                 # Somebody else was faster, or Ray had it before the answer was lost.
                 if any(job.id == name for job in self.attempts(package.key)):
@@ -295,11 +298,12 @@ def _attached(job: Job, package: Package) -> Submission:
     return Submission(job.id, job.attempt, True, None)
 
 
-def _request(package: Package, name: str, grace: int) -> dict[str, Any]:
+def _request(package: Package, name: str, grace: int, options: Sequence[str]) -> dict[str, Any]:
     """Return what is sent; all of it can be read by whoever may list jobs."""
+    command = ["python", "-m", "evomerge", "run", STUDY, *options]
     return {
         # ``exec``: the driver itself gets the signal of a stop, and no shell outlives it.
-        "entrypoint": f"exec {shlex.join(['python', '-m', 'evomerge', 'run', STUDY])}",
+        "entrypoint": f"exec {shlex.join(command)}",
         "submission_id": name,
         "runtime_env": {
             "working_dir": str(package.folder),

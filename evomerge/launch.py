@@ -59,6 +59,7 @@ def run(
     listeners: Sequence[StudyListener],
     starting: Callable[[], None] = lambda: None,
     sending: Callable[[float], None] = lambda seconds: None,
+    restart: bool = False,
 ) -> Finished:
     """Run a study to its end, from wherever its journal stands.
 
@@ -68,6 +69,7 @@ def run(
         starting: is called before the workers start; a finished study needs none.
         sending: is called where MLflow lacks something at the end, with how many seconds that may
             take.
+        restart: as of ``Study.run``.
 
     Raises:
         EvomergeError: as ``Study.run``.
@@ -81,7 +83,7 @@ def run(
     tracking = _Tracking(prepared, target)
     study = study_of(prepared, make_pool, [*listeners, tracking], lambda: _save_settings(prepared))
     try:
-        view = study.run()
+        view = study.run(restart)
     except BaseException:
         tracking.close(_STOP_SECONDS)
         raise

@@ -55,7 +55,8 @@ def _rows(view: StudyView, number: int, first: Mapping[str, Trial]) -> Iterator[
         trial = view.trial(number)
         known = first[view.history.digests[number]]
         name = known.label or f"trial {number}"
-        origin = None if known.label else trial.origin
+        # A searcher that took over asks again for what it starts from.
+        origin = None if known.label else trial.origin or known.origin
         seen = origin is not None and number in followed
         how = "see above" if seen else "" if origin is None else origin.how
         values = [] if trial.evaluation is None else [f"{v:.3f}" for v in trial.evaluation.values]

@@ -43,6 +43,7 @@ from evomerge.search_facts import (
     outstanding,
     search_size,
     surrogate_versions,
+    taking_over,
 )
 from evomerge.space import Space
 from evomerge.study_record import History
@@ -106,7 +107,7 @@ class Prepared:
     def make_searcher(self, problem: SearchProblem) -> Searcher:
         """Build the searcher of the study file."""
         searcher, arguments = self.file.search.searcher, self.file.search.arguments
-        problem = self.informed(problem)
+        problem = taking_over(self.informed(problem), searcher, arguments)
         if arguments.get("mixing", "linear") != "linear":
             problem = replace(problem, grams=direction_grams(self.space, self.models))
         return make_searcher(searcher, arguments, problem)

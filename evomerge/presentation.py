@@ -18,6 +18,7 @@ from evomerge.merge.methods import METHODS
 from evomerge.projection import Projection
 from evomerge.recipe import listed
 from evomerge.redaction import redacted
+from evomerge.restart_record import restart_note
 from evomerge.study_series import Series
 from evomerge.study_view import StudyView
 from evomerge.trial import Evaluation, Trial
@@ -225,3 +226,6 @@ def _words(view: StudyView) -> Iterator[str]:
         f"trials, {len(contract['baselines'])} of them baselines; {counts.failed} failed; "
         f"{view.spending.scored:,} item evaluations; {minutes:.0f} minutes."
     )
+    restarted = restart_note(view.history.provenance.restarts)
+    if restarted:
+        yield f" The search was restarted {restarted}."

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 from evomerge.driver_lock import DriverLock
-from evomerge.errors import InputError, NothingUsableError, ReplayError, StorageError
-from evomerge.interrupt import StopSignals
+from evomerge.errors import InputError, StorageError
 from evomerge.journal import JOURNAL, DamagedError, Journal, Record, Scan, scan
+from evomerge.rerun import rerun
+from evomerge.restarting import explained
 from evomerge.study import Study
 from evomerge.study_record import History, Split
-from evomerge.study_run import StudyRun
-from evomerge.trial import Evaluation, Job, Outcome
+from evomerge.trial import Evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +45,7 @@ class Verified:
         trials: asked.
         results: on any split.
         compared: asks that a fresh searcher repeated bit for bit; None where it was not asked to.
+        taken: asks before the last restart of the search, which no searcher can repeat.
         finished: the study has its front.
         damaged: records are unreadable or contradict each other; ``repair`` cuts them off.
         problems: one line each; empty where all is right.
@@ -60,6 +58,7 @@ class Verified:
     trials: int
     results: int
     compared: int | None
+    taken: int
     finished: bool
     damaged: bool
     problems: tuple[str, ...]
@@ -114,10 +113,19 @@ def verify(directory: Path, study: Study | None) -> Verified:
         trials=events.count("ask"),
         results=sum(event in ("tell", "score", "part") for event in events),
         compared=compared,
+        taken=_taken(history),
         finished=history.done is not None,
         damaged=damaged,
         problems=tuple(problems),
     )
+
+
+def _taken(history: History) -> int:
+    restart = history.provenance.last
+    if restart is None:
+        return 0
+    trials = [history.trials[number] for number in range(restart.trial)]
+    return sum(trial.kind == "search" and not trial.label for trial in trials)
 
 
 def _scan(path: Path) -> tuple[Scan, str]:
@@ -218,38 +226,6 @@ def _wrong_result(history: History, split: Split, number: int) -> str:
 # -- the searcher -------------------------------------------------------------------------------
 
 
-class _WorkerNeededError(Exception):
-    """Only a worker could tell how it goes on."""
-
-
-class _NoWorkers:
-    """A pool that takes every job and finishes none."""
-
-    workers = 2**31
-
-    def submit(self, job: Job) -> None:
-        """Forget the job."""
-
-    def wait(self, timeout: float | None = None) -> Sequence[Outcome]:
-        """Give up."""
-        raise _WorkerNeededError
-
-    def describe(self) -> Mapping[str, str]:
-        """Return nothing."""
-        return {}
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-class _Dry:
-    """Stands for a journal that is only read: what would be written is forgotten."""
-
-    def append(self, event: str, **fields: Any) -> Record:
-        """Return the record that would be written."""
-        return {"ev": event, "t": round(time.time(), 3), **fields}
-
-
 def _replay(study: Study, records: Sequence[Record]) -> tuple[int, str]:
     """Ask a fresh searcher everything again; return how many asks agreed, and what did not."""
     history = History.of(records, str(study.directory))
@@ -261,26 +237,17 @@ def _replay(study: Study, records: Sequence[Record]) -> tuple[int, str]:
             f"searcher cannot be asked again with these; {error}"
         ) from error
     asked, done = len(history.trials), history.done
-    history.done = None
-    quiet = copy.copy(study)
-    quiet.make_pool, quiet.listeners = _NoWorkers, ()
-    run = StudyRun(quiet, _Dry(), history, StopSignals())
-    ended = False
-    try:
-        run.all_phases()
-        ended = True
-    except (_WorkerNeededError, NothingUsableError):
-        pass
-    except ReplayError as error:
-        return run.compared, str(error)
-    if run.compared < asked:
-        return run.compared, (
-            f"trial {run.compared}: it was asked before the results that it depends on; "
-            f"{asked - run.compared} asks could not be compared"
+    found = rerun(study, history)
+    if found.error is not None:
+        return found.compared, explained(found.error, history, study)
+    if found.missing:
+        return found.compared, (
+            f"trial {asked - found.missing}: it was asked before the results that it depends on; "
+            f"{found.missing} asks could not be compared"
         )
     if done is not None:
-        return run.compared, _same_end(done, history.done if ended else None)
-    return run.compared, ""
+        return found.compared, _same_end(done, found.end)
+    return found.compared, ""
 
 
 def _same_end(recorded: Record, replayed: Record | None) -> str:

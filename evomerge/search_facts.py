@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from math import sqrt
@@ -10,6 +10,7 @@ from math import sqrt
 from evomerge.config import StudyFile
 from evomerge.economy import planned_trials
 from evomerge.fitness.splits import ItemSplit
+from evomerge.restart_record import EARLIER
 from evomerge.search.baselines import Baseline
 from evomerge.search.protocol import SearchProblem
 from evomerge.search.registry import find_searcher
@@ -19,6 +20,8 @@ from evomerge.trial import Objective
 
 #: Label of the baseline that a search is told to start from.
 START = "start"
+#: Members that every archive of M2N2 has room for, where the study file names no other size.
+_ARCHIVE = 10
 
 
 def outstanding(file: StudyFile) -> int:
@@ -66,6 +69,34 @@ def informed(
         problem, warm=warm, groups=space.groups, ranges=space.ranges, start=start, noise=noise,
         kinds=space.kinds,
     )  # fmt: skip
+
+
+def taking_over(
+    problem: SearchProblem, searcher: str, arguments: Mapping[str, object]
+) -> SearchProblem:
+    """Return ``problem`` for a fresh searcher that goes on from the trials of another one.
+
+    A search for one loss starts at the best point. M2N2 asks again for everything that it starts
+    from, so it gets an archive of the best points, on which at most half of its trials go; they
+    are known, so no worker is asked.
+
+    Args:
+        problem: informed.
+        searcher: its name.
+        arguments: as in the study file.
+    """
+    if not any(point.label.startswith(EARLIER) for point in problem.warm):
+        return problem
+    if problem.objectives > 1:
+        return problem
+    order = sorted(range(len(problem.warm)), key=lambda row: problem.warm[row].losses[0])
+    problem = replace(problem, start=problem.warm[order[0]].x)
+    if searcher != "m2n2":
+        return problem
+    archive = arguments.get("archive")
+    size = archive if isinstance(archive, int) else _ARCHIVE
+    kept = sorted(order[: max(2, min(size, problem.budget // 2))])
+    return replace(problem, warm=tuple(problem.warm[row] for row in kept))
 
 
 def surrogate_versions(searcher: str) -> dict[str, dict[str, str]]:

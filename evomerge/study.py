@@ -11,19 +11,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from evomerge import numerics
 from evomerge.comparison import aggregate_fields
 from evomerge.contract import compared, differences
-from evomerge.errors import InputError, SetupError
+from evomerge.errors import InputError, ReplayError, SetupError
 from evomerge.estimate import Estimation, Estimator
 from evomerge.fitness.aggregate import Aggregate
 from evomerge.halving import Halving
 from evomerge.interrupt import StopSignals
 from evomerge.item_cache import Items
 from evomerge.items import Resampled
-from evomerge.journal import Journal
+from evomerge.journal import Journal, read
 from evomerge.pool import Pool
 from evomerge.racing import Racing
 from evomerge.recipe import Recipe
+from evomerge.restarting import (
+    DRIFT,
+    asked_with,
+    explained,
+    restart_where_needed,
+    with_versions_of,
+)
 from evomerge.search.baselines import Baseline
 from evomerge.search.protocol import Searcher, SearchProblem
 from evomerge.spool import Spool
@@ -207,12 +215,18 @@ class Study:
         self.spool = spool
         self._identity = {"versions": library_versions(), **identity}
 
-    def run(self) -> StudyView:
+    def run(self, restart: bool = False) -> StudyView:
         """Run to the end, from wherever the journal stands.
 
+        Args:
+            restart: where the searcher does not repeat its recorded asks, go on with a fresh one
+                that knows all results; its libraries may have changed.
+
         Raises:
-            InputError: the study was begun with other settings; names each difference.
-            ReplayError: the searcher does not repeat its recorded asks.
+            InputError: the study was begun with other settings; names each difference. Or it
+                cannot go on with a fresh searcher.
+            ReplayError: the searcher does not repeat its recorded asks; says what differs from
+                when they were made, and what to do.
             NothingUsableError: every trial failed, or ten in a row did.
             Interrupted: stopped by a signal.
             LockedError: another driver works on this study.
@@ -220,7 +234,8 @@ class Study:
         """
         with StopSignals() as signals, Journal(self.directory) as journal:
             history = History.of(journal.records, str(self.directory))
-            self._open(journal, history)
+            if self._open(journal, history, restart):
+                history = History.of(read(self.directory).records, str(self.directory))
             self.on_open()
             if self.spool is not None:
                 self.spool.open()
@@ -229,6 +244,8 @@ class Study:
                 run.all_phases()
                 if self.spool is not None:
                     self.spool.clear()
+            except ReplayError as error:
+                raise ReplayError(explained(error, history, self), error.trial) from error
             except (InputError, SetupError) as error:
                 journal.append("stop", reason="error", message=str(error))
                 raise
@@ -237,6 +254,12 @@ class Study:
         view = StudyView.load(self.directory)
         run.notify("on_finish", view)
         return view
+
+    @property
+    def first(self) -> int:
+        """Number of the first trial that a searcher asks: behind baselines and calibration."""
+        calibration = 0 if self.estimation is None else self.estimation.calibration
+        return len(self.baselines) + calibration
 
     @property
     def planned(self) -> int:
@@ -288,34 +311,48 @@ class Study:
             },
         }  # fmt: skip
 
-    def _open(self, journal: Journal, history: History) -> None:
+    def _open(self, journal: Journal, history: History, restart: bool) -> bool:
+        """Begin or continue a journal; return whether it must be read again."""
         if history.opened is None:
             aggregates = aggregate_fields(self.aggregates)
             more = {} if aggregates is None else {"aggregates": aggregates}
-            history.opened = journal.append("open", schema=SCHEMA, **self.contract(), **more)
-            return
-        self.require_same(history)
+            here = dict(numerics.numerics())
+            fields = {**self.contract(), **more, "numerics": here}
+            history.add(journal.append("open", schema=SCHEMA, **fields))
+            return False
+        self.require_same(history, restart)
         stop = history.stop
         if stop is not None and stop["reason"] == "failure":  # by now its cause was mended
             history.add(journal.append("retry", split=stop["split"], trials=stop["trials"]))
+        if restart:
+            restart_where_needed(self, journal)
+        return restart
 
-    def require_same(self, history: History) -> None:
+    def require_same(self, history: History, drift: bool = False) -> None:
         """Do nothing where a journal holds a study of these settings.
+
+        Args:
+            history: of the journal.
+            drift: the versions of the libraries that searchers compute with may differ.
 
         Raises:
             InputError: it does not; names each difference.
         """
         assert history.opened is not None
         contract = dict.fromkeys(self._economy()) | self.contract() | {"order": self.order}
-        recorded = {key: history.opened.get(key) for key in contract}
+        recorded: dict[str, Any] = {key: history.opened.get(key) for key in contract}
         recorded["order"] = history.opened.get("order", "ask")
+        recorded["identity"] = asked_with(recorded["identity"], history)
         changed = differences(compared(recorded), compared(contract))
-        if changed:
+        identity = with_versions_of(self.contract()["identity"], recorded["identity"])
+        others = differences(compared(recorded), compared({**contract, "identity": identity}))
+        if others or (changed and not drift):
             budgets = ("budget", "item_budget")
             more = any(recorded[key] != contract[key] for key in budgets)
             raise InputError(
                 f"{self.directory}: this study was begun with other settings; restore them, or "
                 "give the study file another `directory`:\n"
-                + "\n".join(changed)
+                + "\n".join(others if drift else changed)
                 + ("\n  (a larger budget: leave the file, and use `evomerge extend`)" * more)
+                + (f"\n  ({DRIFT})" if not others else "")
             )

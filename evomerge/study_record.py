@@ -1,21 +1,23 @@
 """The study's records in the journal, and their way back into trials and results.
 
-==========  ==========================================================================
-``open``    identity, objectives, item ids of each split, dimension, labels of baselines
-``frame``   what many recipes share: a recipe without table and seed
-``items``   a numbered set of search items that trials are scored on instead of all of them
-``ask``     one trial: kind, label, x (hex), frame, table, seed, recipe digest, set of items
-``tell``    result of a trial on the search items, written when it arrives
-``score``   result of a finalist on the items of another split, or (``complete``) of one that a
-            race had stopped, on all its search items
-``part``    item scores of a trial on the first of its items, in a search that halves
-``retry``   failures that are asked for again, see ``History.add``
-``pool``    facts about the workers
-``extend``  a larger budget: where the search ends from now on
-``note``    for humans
-``stop``    the study ended early: signal, failure, or error of input or setup
-``done``    front and recommended trial; the study is finished
-==========  ==========================================================================
+============  ========================================================================
+``open``      identity, objectives, item ids of each split, dimension, labels of baselines
+``frame``     what many recipes share: a recipe without table and seed
+``items``     a numbered set of search items that trials are scored on instead of all of them
+``ask``       one trial: kind, label, x (hex), frame, table, seed, recipe digest, set of items
+``tell``      result of a trial on the search items, written when it arrives
+``score``     result of a finalist on the items of another split, or (``complete``) of one that a
+              race had stopped, on all its search items
+``part``      item scores of a trial on the first of its items, in a search that halves
+``retry``     failures that are asked for again, see ``History.add``
+``pool``      facts about the workers
+``extend``    a larger budget: where the search ends from now on
+``numerics``  libraries and CPU with which the next trials are asked, where they are other ones
+``restart``   a fresh searcher, which knows all results, asks the next trials
+``note``      for humans
+``stop``      the study ended early: signal, failure, or error of input or setup
+``done``      front and recommended trial; the study is finished
+============  ========================================================================
 
 A ``tell`` is written in order of arrival, so that no finished evaluation is ever lost. The
 searcher is told in order of asking, which needs no record: it follows from the rules in
@@ -30,10 +32,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from evomerge import __version__
-from evomerge.errors import ReplayError, StorageError
+from evomerge.errors import StorageError
 from evomerge.item_cache import Items
 from evomerge.journal import Record, hexes, unhexes
 from evomerge.recipe import Recipe
+from evomerge.restart_record import Provenance
 from evomerge.trial import (
     Direction,
     Evaluation,
@@ -252,6 +255,7 @@ class History:
         facts: about the workers, as last recorded.
         searcher: what the searcher last said of its work.
         extensions: later ends of the search, in the order in which they were given.
+        provenance: restarts of the search, and with what its trials were asked.
         stop: the last ``stop`` record that nothing followed.
         done: the ``done`` record.
         latest: unix seconds of the last record.
@@ -268,6 +272,7 @@ class History:
     facts: Mapping[str, str] = field(default_factory=dict)
     searcher: Mapping[str, str] = field(default_factory=dict)
     extensions: list[Limit] = field(default_factory=list)
+    provenance: Provenance = field(default_factory=Provenance)
     stop: Record | None = None
     done: Record | None = None
     latest: float = 0.0
@@ -304,7 +309,8 @@ class History:
 
         A ``retry`` record lists failed trials: their results are forgotten. On the search items
         so is every search trial after the first of them, because the searcher had been told of
-        that failure, or could have been, when it asked for them.
+        that failure, or could have been, when it asked for them. What a searcher asked that a
+        restart replaced stays: nobody can ask for it again.
         """
         event = record["ev"]
         self.latest = record["t"]
@@ -315,6 +321,9 @@ class History:
                 if record["schema"] != SCHEMA:
                     raise ValueError(f"schema {record['schema']} is not {SCHEMA}")
                 self.opened = record
+                self.provenance.take(record, 0)
+            case "numerics" | "restart":
+                self.provenance.take(record, len(self.trials))
             case "frame":
                 self.frames.append(Recipe.from_dict({**record["recipe"], "table": [], "seed": 0}))
             case "items":
@@ -386,7 +395,9 @@ class History:
             del self.results[split, number]
         if split != "search":
             return
-        later = [n for n, t in self.trials.items() if n > min(failed) and t.kind == "search"]
+        restart = self.provenance.last
+        after = min(failed) if restart is None else max(min(failed), restart.trial - 1)
+        later = [n for n, t in self.trials.items() if n > after and t.kind == "search"]
         for number in (*failed, *later):
             self.times.pop(number, None)
         for number in later:
@@ -394,6 +405,7 @@ class History:
             self.results.pop(("part", number), None)
             self.set_of.pop(number, None)
             del self.trials[number], self.digests[number]
+        self.provenance.forget(len(self.trials))
 
     def items_of(self, split: Split, number: int) -> Items:
         """Return the items that a trial is scored on, in the order of its item scores [m][I].
@@ -453,26 +465,3 @@ def distinct(numbers: Iterable[int], digests: Mapping[int, str]) -> list[int]:
     for number in numbers:
         first.setdefault(digests[number], number)
     return list(first.values())
-
-
-def compare(recorded: Trial, digest: str, trial: Trial) -> None:
-    """Raise ``ReplayError`` unless the ask equals the recorded one bit for bit."""
-    remedy = "the searcher, the space or their libraries changed since the study began"
-    if (recorded.kind, recorded.label) != (trial.kind, trial.label):
-        raise ReplayError(
-            f"trial {trial.number}: the journal has {recorded.kind} {recorded.label!r}, now asked "
-            f"is {trial.kind} {trial.label!r}; {remedy}"
-        )
-    old, new = recorded.x or (), trial.x or ()
-    if len(old) != len(new):
-        raise ReplayError(
-            f"trial {trial.number}: the journal has {len(old)} dimensions, now {len(new)}; {remedy}"
-        )
-    for dimension, (before, now) in enumerate(zip(old, new, strict=True)):
-        if before.hex() != now.hex():
-            raise ReplayError(
-                f"trial {trial.number}: dimension {dimension}: the journal has {before!r}, the "
-                f"searcher now asks {now!r}; {remedy}"
-            )
-    if digest != trial.recipe.digest:
-        raise ReplayError(f"trial {trial.number}: the same x decodes to another recipe; {remedy}")

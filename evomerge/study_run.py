@@ -6,7 +6,8 @@ oldest one, always; then the window is filled again. With ``order: completion`` 
 the one whose result came first: workers never wait, and the journal is the only record of what
 the search depended on. What a trial is scored on, whom it races against and whether the budget
 allows it follow from what the searcher was told before. Resuming is the same loop. It takes asks
-and results from the journal as long as there are any, and compares every ask.
+and results from the journal as long as there are any, and compares every ask. Where a fresh
+searcher took over (``evomerge.restart_record``), the trials before it are only finished.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from evomerge.asks import Asks
 from evomerge.brackets import Brackets, Member
 from evomerge.choosing import finalists
 from evomerge.designs import Designs
@@ -26,22 +27,28 @@ from evomerge.evaluations import Evaluations, Request
 from evomerge.feasibility import best_rows, violation
 from evomerge.halving import Halving
 from evomerge.interrupt import StopSignals
-from evomerge.item_cache import Items
 from evomerge.items import Chosen, TrialItems
 from evomerge.journal import Recorder
 from evomerge.pool import Pool
 from evomerge.racing import Racing
-from evomerge.recipe import Recipe
 from evomerge.references import References, Rivals
+from evomerge.restart_record import Restart
+from evomerge.restarted import (
+    Asker,
+    NoSearcher,
+    chosen_earlier,
+    draws_before,
+    earlier,
+    left,
+    warm_points,
+)
 from evomerge.search.protocol import Searcher, SearchProblem, Told, WarmPoint
 from evomerge.study_listener import Phase, Progress
 from evomerge.study_record import (
     History,
+    Limit,
     Split,
-    ask_fields,
-    compare,
     distinct,
-    frame_fields,
     settle,
 )
 from evomerge.study_view import recommended
@@ -66,7 +73,7 @@ class StudyRun:
 
     Attributes:
         evaluations: gives every trial its result.
-        compared: asks that were found equal to those of the journal.
+        asks: takes every ask.
     """
 
     def __init__(
@@ -75,11 +82,8 @@ class StudyRun:
         self._study = study
         self._journal = journal
         self._history = history
-        self._frames = {frame: number for number, frame in enumerate(history.frames)}
-        self._frame_of: dict[Recipe, int] = {}
-        self._sets = {items: number for number, items in enumerate(history.sets)}
+        self.asks = Asks(journal, history, study.items["search"])
         self._muted: set[int] = set()
-        self.compared = 0
         self._progress = Progress("baselines", 0, 0, 0)
         self._failures = 0
         self._first_failure: int | None = None
@@ -138,7 +142,7 @@ class StudyRun:
         self._begin("baselines", len(study.baselines) + calibration)
         full = Chosen(study.items["search"])
         trials = [
-            self._ask(Trial(number, "baseline", one.label, one.x, one.recipe), full)
+            self.asks.take(Trial(number, "baseline", one.label, one.x, one.recipe), full.items)
             for number, one in enumerate(study.baselines)
         ]
         for index in range(calibration):
@@ -147,7 +151,7 @@ class StudyRun:
             x = tuple(draw.random() for _ in range(study.dimension))
             label = f"calibration:{index}"
             trial = Trial(len(trials), "search", label, x, study.decode(x))
-            trials.append(self._ask(trial, full))
+            trials.append(self.asks.take(trial, full.items))
         for trial in trials:
             self.evaluations.request(Request(trial, "search", full.items))
         done = [trial for trial in trials if self._settle(trial)]
@@ -187,25 +191,24 @@ class StudyRun:
         study = self._study
         limits = self._history.limits(study.budget, study.item_budget)
         self._begin("search", limits[-1].trials or study.planned)
-        searcher = study.make_searcher(
-            SearchProblem(
-                dimension=study.dimension,
-                objectives=1 if study.scalarise else len(study.objectives),
-                budget=study.planned,
-                parallel=self._size or study.parallel,
-                seed=study.seed,
-                warm=warm,
-            )
-        )
-        first = len(study.baselines) + (study.estimation.calibration if study.estimation else 0)
+        first = study.first
         recorded = len(self._history.trials)
         window = Window(self._size, self._items.cost, self._bracket_cost())
+        restart = self._history.provenance.last
+        if restart is None:
+            searcher = self._make_searcher(study.planned, study.seed, warm)
+        else:
+            searcher = self._take_over(restart, first, window, limits)
+        asker = Asker(
+            searcher, first, first if restart is None else restart.trial,
+            0 if restart is None else draws_before(self._history, restart, first),
+        )  # fmt: skip
         arrived = self.evaluations.first if study.order == "completion" else None
         for limit in limits:
             window.until(limit)
             while True:
                 while window.has_room():
-                    one = self._ask_searcher(searcher, first, window)
+                    one = self._ask_searcher(asker, window)
                     if one is None:
                         break
                     window.add(one)
@@ -223,8 +226,42 @@ class StudyRun:
         if len(self._history.trials) > first + window.asked:
             raise ReplayError(
                 f"trial {first + window.asked}: the journal has it, but the searcher asks for "
-                "nothing more; the searcher or its libraries changed since the study began"
+                "nothing more; the searcher or its libraries changed since the study began",
+                first + window.asked,
             )
+
+    def _make_searcher(self, budget: int, seed: int, warm: tuple[WarmPoint, ...]) -> Searcher:
+        study = self._study
+        return study.make_searcher(
+            SearchProblem(
+                dimension=study.dimension,
+                objectives=1 if study.scalarise else len(study.objectives),
+                budget=budget,
+                parallel=self._size or study.parallel,
+                seed=seed,
+                warm=warm,
+            )
+        )
+
+    def _take_over(
+        self, restart: Restart, first: int, window: Window, limits: Sequence[Limit]
+    ) -> Searcher:
+        """Finish what was asked before a restart; return the searcher that goes on from there."""
+        trials = list(earlier(self._history, restart, first))
+        for trial in trials:
+            chosen = chosen_earlier(self._items, self._history, trial.number, first)
+            self.evaluations.request(
+                Request(trial, "search", chosen.items, chosen.mode, design=chosen.design)
+            )
+        for trial in trials:
+            if self._settle(trial):
+                self._refer(trial.number)
+            window.skip(self._cost(trial.number))
+        budget = left(window, limits, restart)
+        if budget == 0:
+            return NoSearcher()
+        warm = warm_points(self._history, restart, self._teller.told)
+        return self._make_searcher(budget, restart.seed(self._study.seed), warm)
 
     def _bracket_cost(self) -> Callable[[Sequence[Chosen], int], int] | None:
         """Return what the trials of a bracket and the next one may cost, where there are any."""
@@ -233,19 +270,19 @@ class StudyRun:
             return None
         return lambda chosen, asked: brackets.cost([*chosen, items.of(asked, None, 0)])
 
-    def _ask_searcher(self, searcher: Searcher, first: int, window: Window) -> Outstanding | None:
+    def _ask_searcher(self, asker: Asker, window: Window) -> Outstanding | None:
         """Ask for one candidate and have it scored; None where there is none now."""
-        candidates = searcher.ask(1)
+        candidates = asker.searcher.ask(1)
         if not candidates:
             return None
         x = tuple(map(float, candidates[0].x))
         asked, before = window.asked, window.outstanding
         # All of a bracket are scored on the same items.
         draw = before[0].chosen.draw if self._brackets is not None and before else None
-        chosen = self._items.of(asked, getattr(searcher, "generation", None), draw)
-        origin = origin_of(searcher, candidates[0].id, first)
-        trial = Trial(first + asked, "search", "", x, self._study.decode(x), origin=origin)
-        self._ask(trial, chosen)
+        chosen = self._items.of(asked, asker.generation, draw)
+        origin = origin_of(asker.searcher, candidates[0].id, asker.began)
+        trial = Trial(asker.first + asked, "search", "", x, self._study.decode(x), origin=origin)
+        self.asks.take(trial, chosen.items)
         if self._brackets is not None:
             self._brackets.enter(Member(trial, chosen))
             return Outstanding(candidates[0], trial, chosen)
@@ -261,7 +298,7 @@ class StudyRun:
         """Write down what the searcher says of its work, where it says anything new."""
         say: Callable[[], Mapping[str, str]] = getattr(searcher, "facts", dict)
         facts = dict(say())
-        if facts != self._history.searcher:
+        if facts and facts != self._history.searcher:
             self._history.add(self._journal.append("note", searcher=facts))
 
     def _tell_searcher(self, searcher: Searcher, one: Outstanding) -> int:
@@ -269,8 +306,7 @@ class StudyRun:
         number = one.trial.number
         if not self._settle(one.trial):
             searcher.tell([Told(one.candidate.id, self._teller.penalty(), failed=True)])
-            rung = self._history.results["search", number].rung
-            return sum(len(ids[:rung]) for ids in one.chosen.items)
+            return self._cost(number)
         evaluation = self._evaluation(number)
         items = tuple(score.items for score in evaluation.scores)
         if self._history.results["search", number].rung is not None or one.chosen.mode == "check":
@@ -278,8 +314,16 @@ class StudyRun:
         told = self._teller.told(evaluation)
         searcher.tell([Told(one.candidate.id, told, failed=False, items=items)])
         self._refer(number)
-        part = self._history.results.get(("part", number))
-        return self._history.results["search", number].fresh + (part.fresh if part else 0)
+        return self._cost(number)
+
+    def _cost(self, number: int) -> int:
+        """Return how many items a trial with a result has cost; a failed one all of its items."""
+        result, part = (self._history.results.get((of, number)) for of in ("search", "part"))
+        assert result is not None
+        if isinstance(result.value, Failure):
+            items = self._history.items_of("search", number)
+            return sum(len(ids[: result.rung]) for ids in items)
+        return result.fresh + (part.fresh if part else 0)
 
     def _choose(self) -> None:
         """Score finalists and baselines again on held-out items; report front and choice."""
@@ -343,54 +387,6 @@ class StudyRun:
             self._advance()
             self.notify("on_score", self._history.settled(trial), split, result)
         return self._done(numbers, split)
-
-    def _ask(self, trial: Trial, chosen: Chosen) -> Trial:
-        """Journal an ask, or compare it with the recorded one.
-
-        Raises:
-            ReplayError: they differ.
-        """
-        digest, number = trial.recipe.digest, trial.number
-        recorded = self._history.trials.get(number)
-        if recorded is not None:
-            compare(recorded, self._history.digests[number], trial)
-            self.compared += 1
-            if self._history.items_of("search", number) != chosen.items:
-                raise ReplayError(
-                    f"trial {number}: the journal has other items for it; what chooses them (an "
-                    "estimator or its libraries) changed since the study began"
-                )
-        else:
-            frame = self._frame(trial.recipe)
-            items = self._set(chosen.items)
-            self._journal.append("ask", **ask_fields(trial, frame, items))
-            if items is not None:
-                self._history.set_of[number] = items
-        self._history.trials[number] = trial
-        self._history.digests[number] = digest
-        return trial
-
-    def _frame(self, recipe: Recipe) -> int:
-        bare = replace(recipe, table=(), seed=0)
-        if bare in self._frame_of:  # most often: the way through JSON takes milliseconds
-            return self._frame_of[bare]
-        fields = frame_fields(recipe)
-        frame = Recipe.from_dict({**fields, "table": [], "seed": 0})
-        if frame not in self._frames:
-            self._journal.append("frame", recipe=fields)
-            self._frames[frame] = len(self._frames)
-        self._frame_of[bare] = self._frames[frame]
-        return self._frames[frame]
-
-    def _set(self, items: Items) -> int | None:
-        """Return the number of a set of items, None for all search items in their order."""
-        if items == self._study.items["search"]:
-            return None
-        if items not in self._sets:
-            self._journal.append("items", set=len(self._sets), items=items)
-            self._history.sets.append(items)
-            self._sets[items] = len(self._sets)
-        return self._sets[items]
 
     def _settle(self, trial: Trial) -> bool:
         """Wait for a trial; return whether it succeeded.

@@ -16,6 +16,7 @@ from evomerge.growing_front import GrowingFront, reference_point
 from evomerge.item_cache import Items
 from evomerge.journal import is_locked, read
 from evomerge.pareto import knee
+from evomerge.restart_record import restart_note
 from evomerge.study_record import History, Reading, Result, Split, distinct, objective_from
 from evomerge.trial import Evaluation, Objective, Trial, TrialState
 from evomerge.valuation import ESTIMATE, SUBSET_MEAN
@@ -114,7 +115,8 @@ class StudyView:
         state: running, finished, interrupted, failed.
         message: why it stopped early, else empty.
         facts: about the workers.
-        searcher: what the searcher said last of its work, by short names.
+        searcher: what the searcher said last of its work, by short names, and where it was replaced
+            by a fresh one.
         history: what the journal says, sorted.
     """
 
@@ -176,7 +178,7 @@ class StudyView:
             state=_state(history, directory),
             message="" if history.stop is None else history.stop["message"],
             facts=history.facts,
-            searcher=history.searcher,
+            searcher={**_restarts(history), **history.searcher},
             history=history,
         )
 
@@ -438,6 +440,11 @@ def _front(
     front = distinct((done[row].number for row in rows), history.digests)
     best = rows[recommended([losses[row] for row in rows], objectives, history.opened["scalarise"])]
     return tuple(front), "search", done[best].number
+
+
+def _restarts(history: History) -> dict[str, str]:
+    note = restart_note(history.provenance.restarts)
+    return {"restarted": note} if note else {}
 
 
 def _completed(history: History, trial: Trial) -> Trial:

@@ -107,8 +107,8 @@ def gains_table(view: StudyView) -> Table | None:
     return table
 
 
-def run_with_progress(prepared: Prepared, console: Console) -> Finished:
-    """Run a study while showing how far it is."""
+def run_with_progress(prepared: Prepared, console: Console, restart: bool = False) -> Finished:
+    """Run a study while showing how far it is; ``restart`` is that of ``Study.run``."""
     for warning in prepared.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     if prepared.choice:
@@ -125,7 +125,7 @@ def run_with_progress(prepared: Prepared, console: Console) -> Finished:
         console.print(f"sending the rest to MLflow, up to {seconds:.0f} s ...", highlight=False)
 
     with LiveProgress(console, prepared.tasks.objectives) as live:
-        return run(prepared, [live], starting, sending)
+        return run(prepared, [live], starting, sending, restart)
 
 
 def print_finished(console: Console, finished: Finished) -> None:

@@ -112,3 +112,17 @@ class Window:
         """Count what one that was told has cost."""
         self._spent += items
         self._free = 0 if items else self._free + 1
+
+    def skip(self, items: int) -> None:
+        """Count a trial that another searcher asked, and that cost so much."""
+        self.asked += 1
+        self.spend(items)
+
+    def left(self, limit: Limit) -> int:
+        """Return how many more trials a limit allows at their full cost; 0 or more."""
+        counts = []
+        if limit.trials is not None:
+            counts.append(limit.trials - self.asked)
+        if limit.items is not None:
+            counts.append((limit.items - self._spent) // self._cost_of(self.asked))
+        return max(0, min(counts))

@@ -151,6 +151,12 @@ def test_what_is_sent_holds_no_secret_and_no_shell_words(
     assert "canary" not in json.dumps(sent)
 
 
+def test_options_of_the_run_travel_with_the_job(cluster: Cluster) -> None:
+    Jobs(cluster).submit(package(), options=["--restart-search"])
+    (sent,) = cluster.sent
+    assert sent["entrypoint"] == "exec python -m evomerge run study.yaml --restart-search"
+
+
 def test_a_log_is_followed_over_a_broken_connection(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

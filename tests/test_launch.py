@@ -217,7 +217,7 @@ def test_a_stop_waited_long_for_mlflow(project: Path, monkeypatch: pytest.Monkey
         def __init__(self, *args: object, **kwargs: object) -> None:
             pass
 
-        def run(self) -> None:
+        def run(self, restart: bool) -> None:
             raise Interrupted("now", 2)
 
     monkeypatch.setattr(launch, "Study", Stopped)

@@ -1,0 +1,200 @@
+"""When a searcher does not repeat its asks: what to tell the user, and how to go on without it."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from evomerge import numerics
+from evomerge.errors import InputError, ReplayError
+from evomerge.journal import Journal, Record, read
+from evomerge.numerics import SEARCH_PACKAGES, differences, environment
+from evomerge.rerun import rerun
+from evomerge.restart_record import Provenance, restart_note
+from evomerge.restarted import restart_problem
+from evomerge.study_record import History
+
+if TYPE_CHECKING:
+    from evomerge.study import Study
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--restart-search"
+_COMMAND = f"evomerge run STUDY.yaml {FLAG}"
+_FINISHED = (
+    "the study is finished, nothing is left to search (evomerge front, report and export read it "
+    "as it is; evomerge extend adds to it)"
+)
+#: What helps a study of which only such versions differ.
+DRIFT = (
+    f"only libraries of searchers differ: install those versions, or go on with these: {_COMMAND}"
+)
+
+
+def explained(error: ReplayError, history: History, study: Study) -> str:
+    """Return the text of an error with what differs between then and now, and both remedies.
+
+    Args:
+        error: from a replay.
+        history: of the study, as it was before the replay, or after.
+        study: that was replayed.
+    """
+    provenance = history.provenance
+    lines = [str(error), *_then_and_now(error.trial, provenance)]
+    problem = _obstacle(error, history, study)
+    if problem:
+        lines.append(f"  {FLAG} cannot help here: {problem}")
+    else:
+        lines.append(
+            f"  to go on from all that was measured, with a fresh searcher: {_COMMAND} (`evomerge "
+            "submit` takes it too; then the search is no longer reproducible from its seed alone)"
+        )
+    return "\n".join(lines)
+
+
+def _then_and_now(trial: int | None, provenance: Provenance) -> list[str]:
+    """Return what differs from when a trial was asked, and how to go on as it was then."""
+    if trial is None:
+        return []
+    then, now = provenance.of(trial), numerics.numerics()
+    exact = "  to go on exactly as it began: run it"
+    if then is None:
+        return [
+            f"  the journal does not say with which libraries and CPU trial {trial} was asked",
+            f"{exact} where trial {trial} was asked, with the packages of then",
+        ]
+    changed = differences(then, now)
+    if not changed:
+        return [
+            "  nothing that the journal notes (versions of the libraries, CPU) differs from when "
+            f"trial {trial} was asked",
+            f"{exact} with the code of the searcher and on the machine of then",
+        ]
+    lines = [f"  since trial {trial} was asked: {'; '.join(changed)}"]
+    variables = environment(then, now)
+    if variables:
+        words = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+        return [*lines, f"{exact} where trial {trial} was asked, or here with: {words}"]
+    versions = then.get("versions") != now.get("versions")
+    remedy = "with those versions" if versions else f"on a CPU like that of trial {trial}"
+    return [*lines, f"{exact} {remedy}"]
+
+
+def _obstacle(error: ReplayError, history: History, study: Study) -> str:
+    """Return why another searcher would not mend an error; empty where it would."""
+    if history.done is not None:
+        return _FINISHED
+    if error.trial is not None and error.trial < study.first:
+        return f"trial {error.trial} is a baseline or a calibration, which no searcher asks"
+    return restart_problem(study) or _other_merge(history, study)
+
+
+def _other_merge(history: History, study: Study) -> str:
+    """Return which point is another merge by now: then it is not the searcher that changed."""
+    for number, trial in history.trials.items():
+        if trial.kind == "baseline" or trial.x is None:
+            continue
+        if study.decode(trial.x).digest != history.digests[number]:
+            return (
+                f"trial {number}: the same point is another merge by now, so the space changed, "
+                "and points and results of then do not belong together any more"
+            )
+    return ""
+
+
+def restart_where_needed(study: Study, journal: Journal) -> None:
+    """Let a fresh searcher take over where the recorded asks are not repeated.
+
+    Writes a ``restart`` record then, and says so; where they are repeated only that. Reads the
+    journal and asks its searcher again; needs no workers.
+
+    Raises:
+        InputError: the study cannot go on with another searcher, or is finished; says why.
+    """
+    records = read(study.directory).records
+    history = History.of(records, str(study.directory))
+    here, asked = dict(numerics.numerics()), len(history.trials)
+    found = rerun(study, History.of(records, str(study.directory)))
+    if found.error is None and not found.missing:
+        if history.provenance.latest != here:
+            journal.append("numerics", trial=asked, numerics=here)
+        logger.warning(
+            "%s changes nothing: the searcher repeats what the journal holds (%d asks)",
+            FLAG, found.compared,
+        )  # fmt: skip
+        return
+    error = found.error or ReplayError(
+        f"trial {asked - found.missing}: the searcher does not ask for it as early as it did",
+        asked - found.missing,
+    )
+    problem = _obstacle(error, history, study)
+    if problem:
+        raise InputError(f"{FLAG} cannot help here: {problem}\n  not repeated: {error}")
+    reason = _reason(error, history.provenance)
+    fields = {
+        "trial": asked, "limits": len(history.limits(study.budget, study.item_budget)),
+        "reason": reason, "replay": str(error), "numerics": here,
+    }  # fmt: skip
+    _require_to_work(study, records, fields)
+    history.add(journal.append("restart", **fields))
+    logger.warning("search restarted %s", restart_note(history.provenance.restarts[-1:]))
+
+
+def _require_to_work(study: Study, records: Sequence[Record], fields: Mapping[str, Any]) -> None:
+    """Refuse a restart before it is written, where the study could not go on from it.
+
+    Raises:
+        InputError: says why not.
+    """
+    history = History.of(records, str(study.directory))
+    history.add({"ev": "restart", "t": history.latest, **fields})
+    error = rerun(study, history).error
+    if error is not None:
+        raise InputError(f"{FLAG} cannot help here: {error}")
+
+
+def _reason(error: ReplayError, provenance: Provenance) -> str:
+    """Return why a search is restarted, in a few words."""
+    then = None if error.trial is None else provenance.of(error.trial)
+    changed = [] if then is None else differences(then, numerics.numerics())
+    return f"trial {error.trial} was not repeated; " + ("; ".join(changed) or "no known cause")
+
+
+# -- versions -----------------------------------------------------------------------------------
+
+
+def asked_with(identity: Mapping[str, Any], history: History) -> dict[str, Any]:
+    """Return a recorded identity with the versions that the last trials were asked with."""
+    assert history.opened is not None
+    first, latest = history.opened.get("numerics"), history.provenance.latest
+    if latest is None:
+        return dict(identity)
+    began: Mapping[str, str] = {} if first is None else first["versions"]
+    moved = {
+        name: latest["versions"].get(name, "absent")
+        for name in SEARCH_PACKAGES
+        if latest["versions"].get(name) != began.get(name)
+    }
+    return _with_versions(identity, moved)
+
+
+def with_versions_of(identity: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity with the search libraries of a recorded one: they may have changed."""
+    versions = {
+        name: old
+        for key in ("versions", "libraries")
+        for name, old in recorded.get(key, {}).items()
+        if name in SEARCH_PACKAGES
+    }
+    return _with_versions(identity, versions)
+
+
+def _with_versions(identity: Mapping[str, Any], versions: Mapping[str, str]) -> dict[str, Any]:
+    found = dict(identity)
+    for key in ("versions", "libraries"):
+        if key in found:
+            own = found[key]
+            found[key] = {name: versions.get(name, own[name]) for name in own}
+    return found

@@ -1,0 +1,170 @@
+"""What `--restart-search` refuses, and journals and libraries of another time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from economy_study import FEATURES
+from economy_study import study as economy_study
+from moved_study import BEFORE, Moved, begun, moved
+from study_journals import cut, events_of
+from toy_study import DIMENSION, decode, recipe, toy_study
+
+from evomerge import numerics
+from evomerge.errors import InputError, ReplayError
+from evomerge.halving import Halving
+from evomerge.journal import JOURNAL, encode, read
+from evomerge.replay import verify
+from evomerge.study import Baseline
+from evomerge.study_view import StudyState, StudyView
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"racing": Halving((1, 2), 4)}, "a bracket of a search that halves"),
+    (
+        {"identity": {"searcher": "m2n2", "arguments": {"experts_only": True}}},
+        "search.arguments.experts_only: its archive takes the experts only",
+    ),
+    ({"identity": {"searcher": "nested_map"}}, "nested_map merges the experts pair by pair"),
+    (
+        {"identity": {"searcher": "nevergrad", "arguments": {"optimizer": "ScrHammersleySearch"}}},
+        "nevergrad lays all its points out",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "text"), REFUSED)
+def test_what_would_not_survive_it_is_refused(
+    tmp_path: Path, changes: dict[str, Any], text: str
+) -> None:
+    begun(tmp_path / "s", **changes)
+    before = (tmp_path / "s" / JOURNAL).read_bytes()
+    with pytest.raises(InputError, match=f"^--restart-search cannot help here: .*{text}") as caught:
+        moved(tmp_path / "s", **changes).run(restart=True)
+    assert caught.value.exit_code == 2
+    with pytest.raises(ReplayError, match=f"--restart-search cannot help here: .*{text}"):
+        moved(tmp_path / "s", **changes).run()
+    assert (tmp_path / "s" / JOURNAL).read_bytes() == before
+
+
+def test_estimated_studies_are_refused_where_other_items_are_chosen(tmp_path: Path) -> None:
+    directory = tmp_path / "s"
+    economy_study(directory, "refreshed").run()
+    cut(directory, events_of(directory, "ask")[-3]["seq"] + 1)
+    with pytest.raises(InputError, match=r"fitness\.estimator\.refresh: generation"):
+        economy_study(directory, "refreshed", make_searcher=Moved).run(restart=True)
+
+    other = tmp_path / "other"
+    economy_study(other, "estimated").run()
+    cut(other, events_of(other, "ask")[-2]["seq"] + 1)
+    before = (other / JOURNAL).read_bytes()
+    estimation = FEATURES["estimated"]["estimation"]
+    elsewhere = replace(
+        estimation, prepare=lambda endpoints, draw: estimation.prepare(endpoints, draw + 1)
+    )
+    with pytest.raises(InputError, match=r"trial 5: the estimator chose other items"):
+        economy_study(other, "estimated", estimation=elsewhere).run(restart=True)
+    assert (other / JOURNAL).read_bytes() == before
+
+
+def test_finished_studies_baselines_and_other_spaces_are_refused(tmp_path: Path) -> None:
+    toy_study(tmp_path / "done").run()
+    with pytest.raises(InputError, match=r"the study is finished, nothing is left to search"):
+        moved(tmp_path / "done").run(restart=True)
+    with pytest.raises(ReplayError, match=r"cannot help here: the study is finished"):
+        moved(tmp_path / "done").run()
+    begun(tmp_path / "s")
+    before = (tmp_path / "s" / JOURNAL).read_bytes()
+    x = (0.26,) * DIMENSION
+    others = (
+        Baseline("base", x, decode(x)),
+        Baseline("uniform", (0.5,) * DIMENSION, decode((0.5,) * DIMENSION)),
+        Baseline("expert:far", None, recipe([3.0, 0.0, 0.0, 0.0])),
+    )
+    with pytest.raises(InputError, match=r"trial 0 is a baseline or a calibration"):
+        moved(tmp_path / "s", baselines=others).run(restart=True)
+    other = {"decode": lambda x: recipe([3 * value for value in x]), "baselines": ()}
+    directory = tmp_path / "unlike"
+    begun(directory, baselines=())
+    with pytest.raises(InputError, match=r"trial 0: the same point is another merge by now"):
+        moved(directory, **other).run(restart=True)
+    with pytest.raises(ReplayError, match=r"cannot help here: trial 0: the same point is another"):
+        moved(directory, **other).run()
+    assert (tmp_path / "s" / JOURNAL).read_bytes() == before
+
+
+def test_other_versions_of_search_libraries_go_on_with_the_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evomerge import study as study_module
+
+    directory = tmp_path / "s"
+    begun(directory)
+    real, here = study_module.library_versions(), dict(numerics.numerics())
+    before = (directory / JOURNAL).read_bytes()
+    versions = {**here["versions"], "numpy": "9.9"}
+    monkeypatch.setattr(study_module, "library_versions", lambda: {**real, "numpy": "9.9"})
+    monkeypatch.setattr(numerics, "numerics", lambda: {**here, "versions": versions})
+    with pytest.raises(InputError, match=r'installed\.numpy: .* -> "9\.9"') as caught:
+        moved(directory).run()
+    assert "go on with these: evomerge run STUDY.yaml --restart-search" in str(caught.value)
+    assert (directory / JOURNAL).read_bytes() == before
+    with pytest.raises(InputError, match="seed: 7 -> 8") as caught:
+        moved(directory, seed=8).run(restart=True)
+    assert "numpy" not in str(caught.value)
+
+    moved(directory).run(restart=True)
+    assert "numpy" in events_of(directory, "restart")[0]["reason"]
+    cut(directory, events_of(directory, "ask")[16]["seq"] + 1)
+    assert moved(directory).run().state is StudyState.FINISHED
+    assert verify(directory, moved(directory)).problems == ()
+
+    (directory / JOURNAL).write_bytes(before)  # and where the new version asks the same
+    toy_study(directory).run(restart=True)
+    assert not events_of(directory, "restart")
+    assert toy_study(directory).run().state is StudyState.FINISHED
+    assert verify(directory, toy_study(directory)).problems == ()
+
+    (directory / JOURNAL).write_bytes(before)  # what decides scores must not change
+    monkeypatch.setattr(study_module, "library_versions", lambda: {**real, "torch": "9.9"})
+    with pytest.raises(InputError, match=r"installed\.torch"):
+        moved(directory).run(restart=True)
+
+
+def test_journals_without_numerics_are_continued_and_say_so_when_they_are_not_repeated(
+    tmp_path: Path,
+) -> None:
+    directory = tmp_path / "s"
+    begun(directory)
+    records = [dict(record) for record in read(directory).records]
+    assert records[0].pop("numerics")["versions"]["numpy"]
+    (directory / JOURNAL).write_bytes(b"".join(map(encode, records)))
+    data = (directory / JOURNAL).read_bytes()
+    with pytest.raises(ReplayError, match=r"the journal does not say with which libraries and CPU"):
+        moved(directory).run()
+    assert toy_study(directory).run().state is StudyState.FINISHED
+    [record] = events_of(directory, "numerics")
+    assert record["trial"] == BEFORE
+    assert record["numerics"] == json.loads(json.dumps(numerics.numerics()))
+    assert verify(directory, toy_study(directory)).problems == ()
+    (directory / JOURNAL).write_bytes(data)
+    assert moved(directory).run(restart=True).counts.done == 23
+
+
+def test_the_journal_notes_another_cpu_only_where_it_asks_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(tmp_path / "s")
+    here = dict(numerics.numerics())
+    monkeypatch.setattr(numerics, "numerics", lambda: {**here, "blas": "Elsewhere"})
+    toy_study(tmp_path / "s").run()
+    toy_study(tmp_path / "s").run()
+    assert [(r["trial"], r["numerics"]["blas"]) for r in events_of(tmp_path / "s", "numerics")] == [
+        (BEFORE, "Elsewhere")
+    ]
+    history = StudyView.load(tmp_path / "s").history
+    assert history.provenance.of(BEFORE - 1) == here
+    assert verify(tmp_path / "s", toy_study(tmp_path / "s")).problems == ()
