@@ -17,6 +17,9 @@ from evomerge.search.registry import check_arguments
 from evomerge.space import Space
 from evomerge.study_space import MIXING
 
+#: Methods that Evo-Merging's densities are about.
+_TRIMMING = ("lora_factors", "breadcrumbs")
+
 
 def study_warnings(
     file: StudyFile, space: Space, splits: Sequence[ItemSplit], problem: SearchProblem
@@ -66,15 +69,16 @@ def _search(file: StudyFile, space: Space) -> list[str]:
             f"search.searcher: {file.search.searcher} mixes the baselines, which lie at few "
             "values of what is no real number, and hardly leaves them (nsga2, ga or gp_rounds do)"
         )
-    return [*warnings, *_short(file)]
+    return [*warnings, *_unfit(file)]
 
 
-def _short(file: StudyFile) -> list[str]:
-    """Return whether a searcher cannot do what it is for in so few trials."""
-    name, trials = file.search.searcher, file.search.trials
+def _unfit(file: StudyFile) -> list[str]:
+    """Return whether a searcher is for other methods, or has too few trials for what it does."""
+    name, trials, experts = file.search.searcher, file.search.trials, len(file.models.experts)
+    if name == "evo_merging":
+        return _evo_merging(file)
     if trials is None:
         return []
-    experts = len(file.models.experts)
     if name == "m2n2" and trials <= 2 * experts:
         return [
             f"search.trials: m2n2 begins with the baselines as trials of its own, one for each of "
@@ -87,14 +91,25 @@ def _short(file: StudyFile) -> list[str]:
             f"quadratic of two coefficients has 6 unknowns; {trials} trials may end before the "
             f"last step (give it {6 * (experts - 1)} or more)"
         ]
-    arguments = check_arguments(name, file.search.arguments) if name == "evo_merging" else {}
-    population = arguments.get("population")
-    if isinstance(population, int) and arguments["stages"] == "both" and trials < 3 * population:
-        return [
+    return []
+
+
+def _evo_merging(file: StudyFile) -> list[str]:
+    warnings = []
+    if file.space.method not in _TRIMMING:
+        warnings.append(
+            f"search.searcher: evo_merging is for {' and '.join(_TRIMMING)}; it starts from the "
+            f"uniform average and takes small steps, for {file.space.method} auto goes farther"
+        )
+    arguments = check_arguments("evo_merging", file.search.arguments)
+    population, trials = arguments["population"], file.search.trials
+    assert isinstance(population, int)
+    if arguments["stages"] == "both" and trials is not None and trials < 3 * population:
+        warnings.append(
             f"search.trials: {trials} trials are less than three generations of {population} for "
             "the two stages of evo_merging (give it more, or a smaller population)"
-        ]
-    return []
+        )
+    return warnings
 
 
 def _item_budget(file: StudyFile, splits: Sequence[ItemSplit], problem: SearchProblem) -> list[str]:

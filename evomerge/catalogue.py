@@ -84,7 +84,10 @@ def searcher_facts() -> list[dict[str, Any]]:
             "library": entry.library,
             "what it does": entry.summary,
             "multi_objective": entry.multi_objective,
-            "arguments": {key: spec.default for key, spec in entry.arguments.items()},
+            "arguments": {
+                key: {"default": spec.default, "expected": spec.expected, "help": spec.help}
+                for key, spec in entry.arguments.items()
+            },
         }
         for name in searcher_names()
         for entry in [find_searcher(name)]
@@ -141,6 +144,23 @@ def searchers() -> list[Row]:
                 "arguments": ", ".join(arguments),
             }
         )
+    return rows
+
+
+def searcher(name: str) -> list[Row]:
+    """Return what one searcher is, and a row for each of its arguments.
+
+    Raises:
+        InputError: no such searcher.
+    """
+    from evomerge.search.registry import find_searcher
+
+    entry = find_searcher(name)
+    about = f"{entry.summary}; library: {entry.library}; objectives: {_objectives(entry)}"
+    rows = [{"name": name, "": about}]
+    for key, spec in entry.arguments.items():
+        default = "" if spec.default is None else f"; default {_number(spec.default)}"
+        rows.append({"name": f"  {key}", "": f"{spec.help}{default}; {spec.expected}"})
     return rows
 
 

@@ -223,19 +223,27 @@ def status(study: str, overrides: tuple[str, ...], address: str | None, as_json:
 @click.argument("what", type=click.Choice([
     "methods", "searchers", "partitions", "objectives", "estimators", "studies",
 ]))  # fmt: skip
+@click.argument("name", required=False)
 @click.option(
     "--under", type=click.Path(path_type=Path), default=Path(), help="Where to look for studies."
 )
 @AS_JSON
-def list_(what: str, under: Path, as_json: bool) -> None:
-    """List methods, searchers, partitions, objectives, estimators, or the studies of a folder."""
-    from evomerge.catalogue import catalogue, catalogue_lines
+def list_(what: str, name: str | None, under: Path, as_json: bool) -> None:
+    """List methods, searchers, partitions, objectives, estimators, or the studies of a folder.
+
+    With the NAME of a searcher: what each of its arguments means, may be, and is by default.
+    """
+    from evomerge.catalogue import catalogue, catalogue_lines, searcher
     from evomerge.listing import listing
 
+    if name is not None and what != "searchers":
+        raise click.UsageError(f"a NAME is for searchers; evomerge list {what} has all of them")
+    rows = [] if name is None else searcher(name)  # refuses a name that is none
     if as_json:
-        print_json(catalogue(what, under))
+        table = catalogue(what, under)
+        print_json(table if name is None else [one for one in table if one["searcher"] == name])
         return
-    rows = catalogue_lines(what, under)
+    rows = rows or catalogue_lines(what, under)
     if not rows:
         click.echo(f"no studies below {under}")
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 from evomerge.feasibility import violation
 from evomerge.search.protocol import Searcher
@@ -89,3 +90,17 @@ def origin_of(searcher: Searcher, candidate: int, first: int) -> Origin | None:
     if origin is None:
         return None
     return Origin(tuple(first + parent for parent in origin.parents), origin.how)
+
+
+def facts_of(searcher: Searcher, first: int) -> dict[str, str]:
+    """Return what a searcher says of its work, with the numbers of trials for its candidates.
+
+    Args:
+        searcher: any.
+        first: number of the trial of candidate 0.
+    """
+    say: Callable[[], Mapping[str, str]] = getattr(searcher, "facts", dict)
+    return {
+        key: re.sub(r"\bcandidate (\d+)", lambda found: f"trial {first + int(found[1])}", text)
+        for key, text in say().items()
+    }

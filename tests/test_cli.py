@@ -199,3 +199,18 @@ def test_the_module_runs() -> None:
         check=False,
     )  # fmt: skip
     assert wrong.stderr.startswith("Usage: evomerge export [OPTIONS]")
+
+
+def test_list_explains_the_arguments_of_one_searcher(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = call(capsys, monkeypatch, "list", "searchers", "cma")
+    assert code == 0
+    assert "initial standard deviation in the unit box; default 0.1667; float in [0.001, 1]" in out
+    _, out, _ = call(capsys, monkeypatch, "list", "searchers", "cma", "--json")
+    (one,) = json.loads(out)
+    assert one["arguments"]["sigma"]["expected"] == "float in [0.001, 1]"
+    code, _, error = call(capsys, monkeypatch, "list", "searchers", "cmaa")
+    assert code == 2
+    assert "did you mean 'cma'" in error
+    assert call(capsys, monkeypatch, "list", "methods", "ties")[0] == 2

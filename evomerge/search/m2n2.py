@@ -172,7 +172,7 @@ class M2N2Searcher:
             if birth.parents:
                 first, second = birth.parents
                 facts["its birth"] = (
-                    f"from {first} and {second}, split at block {birth.split}, "
+                    f"from candidate {first} and candidate {second}, split at block {birth.split}, "
                     f"w = {birth.weight:.3f}"
                 )
         return facts

@@ -27,7 +27,7 @@ SURROGATES: Mapping[str, SearcherEntry] = MappingProxyType(
         "map": SearcherEntry(
             "map",
             "scipy",
-            "MAP: quadratic surrogates with link functions; up to a dozen coefficients",
+            "MAP: quadratic surrogates with link functions; full ones up to a dozen coefficients",
             multi_objective=True,
             generational=True,
             arguments={**_ROUNDS, **_EFFORT},
@@ -54,7 +54,7 @@ SURROGATES: Mapping[str, SearcherEntry] = MappingProxyType(
         "gp_rounds": SearcherEntry(
             "gp_rounds",
             "scikit-learn",
-            "Gaussian process per objective, hypervolume batches; few trials, few coefficients",
+            "Gaussian process per objective, hypervolume batches; up to some 200 trials",
             multi_objective=True,
             generational=True,
             arguments={
