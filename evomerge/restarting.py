@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge import numerics
 from evomerge.errors import InputError, ReplayError
-from evomerge.journal import Journal, Record, read
+from evomerge.journal import Journal, Record
 from evomerge.numerics import SEARCH_PACKAGES, differences, environment
 from evomerge.rerun import rerun
 from evomerge.restart_record import Provenance, restart_note
@@ -104,53 +104,88 @@ def _other_merge(history: History, study: Study) -> str:
     return ""
 
 
-def restart_where_needed(study: Study, journal: Journal) -> None:
-    """Let a fresh searcher take over where the recorded asks are not repeated.
+def go_on(study: Study, journal: Journal, history: History, restart: bool) -> None:
+    """Write what a recorded study needs to go on, after all of it is decided.
 
-    Writes a ``restart`` record then, and says so; where they are repeated only that. Reads the
-    journal and asks its searcher again; needs no workers.
+    Failures that ended it are asked for again (``retry``): by now their cause was mended. With
+    ``restart`` a fresh searcher takes over where the recorded asks are not repeated. It does so
+    before the retry, which then takes no trial back. Asks the searcher again; needs no workers.
+
+    Args:
+        study: with the settings of the journal.
+        journal: of the study.
+        history: what it holds; takes in what is written.
+        restart: see above.
 
     Raises:
         InputError: the study cannot go on with another searcher, or is finished; says why.
+        ReplayError: a retry would take trials back that the searcher does not repeat.
     """
-    records = read(study.directory).records
-    history = History.of(records, str(study.directory))
-    here, asked = dict(numerics.numerics()), len(history.trials)
-    found = rerun(study, History.of(records, str(study.directory)))
-    if found.error is None and not found.missing:
+    planned = _retry(history)
+    if not planned and not restart:
+        return
+    records = [*journal.records, *planned]
+    tried = History.of(records, str(study.directory))
+    asked = len(tried.trials)
+    found = rerun(study, tried)
+    error = found.error
+    if restart and error is None and found.missing:
+        number = asked - found.missing
+        error = ReplayError(
+            f"trial {number}: the searcher does not ask for it as early as it did", number
+        )
+    if error is not None and not restart:
+        raise ReplayError(explained(error, history, study), error.trial)
+    if error is not None:
+        problem = _obstacle(error, history, study)
+        if problem:
+            raise InputError(f"{FLAG} cannot help here: {problem}\n  not repeated: {error}")
+        planned = [_restart(error, history, study), *planned]
+        _require_to_work(study, [*journal.records, *planned])
+    elif restart:
+        here = dict(numerics.numerics())
         if history.provenance.latest != here:
-            journal.append("numerics", trial=asked, numerics=here)
+            planned.append({"ev": "numerics", "trial": asked, "numerics": here})
         logger.warning(
             "%s changes nothing: the searcher repeats what the journal holds (%d asks)",
             FLAG, found.compared,
         )  # fmt: skip
-        return
-    error = found.error or ReplayError(
-        f"trial {asked - found.missing}: the searcher does not ask for it as early as it did",
-        asked - found.missing,
-    )
-    problem = _obstacle(error, history, study)
-    if problem:
-        raise InputError(f"{FLAG} cannot help here: {problem}\n  not repeated: {error}")
-    reason = _reason(error, history.provenance)
-    fields = {
-        "trial": asked, "limits": len(history.limits(study.budget, study.item_budget)),
-        "reason": reason, "replay": str(error), "numerics": here,
-    }  # fmt: skip
-    _require_to_work(study, records, fields)
-    history.add(journal.append("restart", **fields))
-    logger.warning("search restarted %s", restart_note(history.provenance.restarts[-1:]))
+    for record in planned:
+        fields = {key: value for key, value in record.items() if key not in ("ev", "t")}
+        history.add(journal.append(record["ev"], **fields))
+    if error is not None:
+        logger.warning("search restarted %s", restart_note(history.provenance.restarts[-1:]))
 
 
-def _require_to_work(study: Study, records: Sequence[Record], fields: Mapping[str, Any]) -> None:
+def _retry(history: History) -> list[Record]:
+    """Return the record that lets failures which ended a study be asked for again, if any."""
+    stop = history.stop
+    if stop is None or stop["reason"] != "failure":
+        return []
+    fields = {"split": stop["split"], "trials": stop["trials"]}
+    return [{"ev": "retry", "t": history.latest, **fields}]
+
+
+def _restart(error: ReplayError, history: History, study: Study) -> Record:
+    """Return the record with which a fresh searcher takes over."""
+    return {
+        "ev": "restart",
+        "t": history.latest,
+        "trial": len(history.trials),
+        "limits": len(history.limits(study.budget, study.item_budget)),
+        "reason": _reason(error, history.provenance),
+        "replay": str(error),
+        "numerics": dict(numerics.numerics()),
+    }
+
+
+def _require_to_work(study: Study, records: Sequence[Record]) -> None:
     """Refuse a restart before it is written, where the study could not go on from it.
 
     Raises:
         InputError: says why not.
     """
-    history = History.of(records, str(study.directory))
-    history.add({"ev": "restart", "t": history.latest, **fields})
-    error = rerun(study, history).error
+    error = rerun(study, History.of(records, str(study.directory))).error
     if error is not None:
         raise InputError(f"{FLAG} cannot help here: {error}")
 

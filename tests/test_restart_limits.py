@@ -11,16 +11,17 @@ import pytest
 from economy_study import FEATURES
 from economy_study import study as economy_study
 from moved_study import BEFORE, Moved, begun, moved
-from study_journals import cut, events_of
-from toy_study import DIMENSION, decode, recipe, toy_study
+from study_journals import Shuffled, cut, events_of
+from toy_study import DIMENSION, ToyStudyFactory, ToyStudyWorker, decode, recipe, toy_study
 
 from evomerge import numerics
-from evomerge.errors import InputError, ReplayError
+from evomerge.errors import InputError, NothingUsableError, ReplayError
 from evomerge.halving import Halving
 from evomerge.journal import JOURNAL, encode, read
 from evomerge.replay import verify
 from evomerge.study import Baseline
 from evomerge.study_view import StudyState, StudyView
+from evomerge.trial import Evaluation, Job, Worker
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"racing": Halving((1, 2), 4)}, "a bracket of a search that halves"),
@@ -168,3 +169,60 @@ def test_the_journal_notes_another_cpu_only_where_it_asks_there(
     history = StudyView.load(tmp_path / "s").history
     assert history.provenance.of(BEFORE - 1) == here
     assert verify(tmp_path / "s", toy_study(tmp_path / "s")).problems == ()
+
+
+class _DiskGone(ToyStudyWorker):
+    """Fails on ten trials in a row; those that ran beside them are finished."""
+
+    def run(self, job: Job) -> Evaluation:
+        if 8 <= job.number <= 17:
+            raise RuntimeError("disk gone")
+        return super().run(job)
+
+
+class _DiskGoneFactory(ToyStudyFactory):
+    def __call__(self) -> Worker:
+        return _DiskGone(self.log, self.limit, self.seconds)
+
+
+MANY: dict[str, Any] = {"budget": 40, "parallel": 6}
+
+
+def _stopped_by_failures(directory: Path, **changes: Any) -> dict[int, str]:
+    """Leave a study behind that ten failures in a row ended; return what was finished."""
+    factory = _DiskGoneFactory(directory.parent / "evaluated.log")
+    with pytest.raises(NothingUsableError, match="10 trials in a row failed"):
+        toy_study(directory, make_pool=lambda: Shuffled(factory, 6), **MANY, **changes).run()
+    view = StudyView.load(directory)
+    done = {t.number: view.history.digests[t.number] for t in view.trials if t.evaluation}
+    assert max(done) > 8
+    return done
+
+
+def test_a_restart_lost_evaluations_of_a_study_that_failures_had_ended(tmp_path: Path) -> None:
+    directory = tmp_path / "s"
+    done = _stopped_by_failures(directory)
+    view = moved(directory, **MANY).run(restart=True)
+    assert done.items() <= view.history.digests.items()
+    assert (view.counts.done, view.counts.failed) == (43, 0)
+    assert [r["ev"] for r in events_of(directory, "restart", "retry")] == ["restart", "retry"]
+    assert verify(directory, moved(directory, **MANY)).problems == ()
+
+
+def test_where_a_search_is_not_repeated_nothing_is_taken_back(tmp_path: Path) -> None:
+    directory = tmp_path / "s"
+    _stopped_by_failures(directory)
+    before = (directory / JOURNAL).read_bytes()
+    with pytest.raises(ReplayError, match=r"^trial 8: dimension 0(.|\n)*--restart-search"):
+        moved(directory, **MANY).run()
+    assert (directory / JOURNAL).read_bytes() == before
+    toy_study(directory, **MANY).run()  # and where it is, the failures are asked for again
+    assert StudyView.load(directory).counts.done == 43
+    assert len(events_of(directory, "retry")) == 1
+
+    nested = {"identity": {"searcher": "nested_map"}}
+    _stopped_by_failures(tmp_path / "nested", **nested)
+    before = (tmp_path / "nested" / JOURNAL).read_bytes()
+    with pytest.raises(InputError, match="nested_map merges the experts pair by pair"):
+        moved(tmp_path / "nested", **MANY, **nested).run(restart=True)
+    assert (tmp_path / "nested" / JOURNAL).read_bytes() == before
