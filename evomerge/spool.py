@@ -54,11 +54,13 @@ class Spool:
     Args:
         directory: of the entries; made by ``open``.
         owner: digest of everything else that decides a score: models, fitness, versions.
+        former: what an earlier evomerge called the same owner; empty for nothing.
     """
 
-    def __init__(self, directory: Path, owner: str) -> None:
+    def __init__(self, directory: Path, owner: str, former: str = "") -> None:
         self.directory = directory
         self.owner = owner
+        self._former = former
 
     def open(self) -> None:
         """Make the folder; remove what was measured for another owner.
@@ -69,7 +71,8 @@ class Spool:
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not self.mine():
-                self.clear()
+                if not self._former or not self._is_of(self._former):
+                    self.clear()
                 _write(self.directory / _OWNER, self.owner.encode())
         except OSError as error:
             raise StorageError(
@@ -79,8 +82,11 @@ class Spool:
 
     def mine(self) -> bool:
         """Return whether the folder can be seen from here and is this study's."""
+        return self._is_of(self.owner)
+
+    def _is_of(self, owner: str) -> bool:
         try:
-            return (self.directory / _OWNER).read_bytes() == self.owner.encode()
+            return (self.directory / _OWNER).read_bytes() == owner.encode()
         except OSError:
             return False
 

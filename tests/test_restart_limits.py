@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,14 +15,15 @@ from moved_study import BEFORE, Moved, begun, moved
 from study_journals import Shuffled, cut, events_of
 from toy_study import DIMENSION, ToyStudyFactory, ToyStudyWorker, decode, recipe, toy_study
 
-from evomerge import numerics
+from evomerge import launch, numerics
 from evomerge.errors import InputError, NothingUsableError, ReplayError
 from evomerge.halving import Halving
 from evomerge.journal import JOURNAL, encode, read
 from evomerge.replay import verify
 from evomerge.study import Baseline
+from evomerge.study_record import library_versions
 from evomerge.study_view import StudyState, StudyView
-from evomerge.trial import Evaluation, Job, Worker
+from evomerge.trial import Evaluation, Job, Score, Worker
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"racing": Halving((1, 2), 4)}, "a bracket of a search that halves"),
@@ -133,6 +135,41 @@ def test_other_versions_of_search_libraries_go_on_with_the_flag(
     monkeypatch.setattr(study_module, "library_versions", lambda: {**real, "torch": "9.9"})
     with pytest.raises(InputError, match=r"installed\.torch"):
         moved(directory).run(restart=True)
+
+
+def test_other_search_libraries_threw_finished_evaluations_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libraries = {"scipy": "1.15"}
+    identity = {"searcher": "gp", "libraries": libraries}
+    prepared: Any = SimpleNamespace(
+        directory=tmp_path / "s", identity=lambda: identity,
+        file=SimpleNamespace(pool=SimpleNamespace(kind="local")),
+    )  # fmt: skip
+    directory = tmp_path / "s" / "spool"
+    job = Job(1, recipe([1.0]), (("a",),))
+    spool = launch._spool(prepared)
+    assert spool is not None
+    spool.open()
+    spool.put(job, Evaluation((Score(1.0, 0.0, (1.0,)),), {}))
+    real = library_versions()
+    other = {**real, "numpy": "9.9", "cma": "9.9"}
+    former = launch._digest([identity, other])  # as evomerge named it until now
+    for name in (spool.owner, former):
+        monkeypatch.setattr(launch, "library_versions", lambda: other)
+        monkeypatch.setitem(libraries, "scipy", "1.15" if name == former else "9.9")
+        (directory / "owner").write_text(name)
+        found = launch._spool(prepared)
+        assert found is not None
+        found.open()
+        assert found.get(job) is not None
+        assert found.owner == spool.owner
+        assert found.mine()
+    monkeypatch.setattr(launch, "library_versions", lambda: {**real, "torch": "9.9"})
+    found = launch._spool(prepared)
+    assert found is not None
+    found.open()
+    assert found.get(job) is None
 
 
 def test_journals_without_numerics_are_continued_and_say_so_when_they_are_not_repeated(
