@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from evomerge import numerics
-from evomerge.errors import InputError, ReplayError
-from evomerge.journal import Journal, Record
+from evomerge.errors import EvomergeError, InputError, ReplayError
+from evomerge.journal import Journal, Record, Recorder
 from evomerge.numerics import SEARCH_PACKAGES, differences, environment
 from evomerge.rerun import rerun
-from evomerge.restart_record import Provenance, restart_note
+from evomerge.restart_record import Provenance, Restart, restart_note
 from evomerge.restarted import restart_problem
 from evomerge.study_record import History
 
@@ -104,8 +104,40 @@ def _other_merge(history: History, study: Study) -> str:
     return ""
 
 
-def go_on(study: Study, journal: Journal, history: History, restart: bool) -> None:
-    """Write what a recorded study needs to go on, after all of it is decided.
+class Beginning:
+    """A journal whose next records wait until another one follows them.
+
+    A restart binds every machine. So it is written when there are workers, or a result: a run
+    that ends before that leaves the journal as it was.
+
+    Args:
+        journal: of the study.
+        held: the records that wait; the first one is the restart.
+    """
+
+    def __init__(self, journal: Journal, held: Sequence[Record]) -> None:
+        self._journal = journal
+        self._held = list(held)
+
+    def append(self, event: str, **fields: Any) -> Record:
+        """Write what waits and one more record; a ``stop`` is not worth it."""
+        if self._held and event == "stop":
+            return {"ev": event, "t": self._held[0]["t"], **fields}
+        while self._held:
+            written = _write(self._journal, self._held[0])
+            del self._held[0]
+            if written["ev"] == "restart":
+                logger.warning("search restarted %s", restart_note([Restart.of(written)]))
+        return self._journal.append(event, **fields)
+
+
+def _write(journal: Journal, record: Record) -> Record:
+    fields = {key: value for key, value in record.items() if key not in ("ev", "t")}
+    return journal.append(record["ev"], **fields)
+
+
+def go_on(study: Study, journal: Journal, history: History, restart: bool) -> Recorder:
+    """Return where a recorded study goes on, after all that it needs for that is decided.
 
     Failures that ended it are asked for again (``retry``): by now their cause was mended. With
     ``restart`` a fresh searcher takes over where the recorded asks are not repeated. It does so
@@ -123,7 +155,7 @@ def go_on(study: Study, journal: Journal, history: History, restart: bool) -> No
     """
     planned = _retry(history)
     if not planned and not restart:
-        return
+        return journal
     records = [*journal.records, *planned]
     tried = History.of(records, str(study.directory))
     asked = len(tried.trials)
@@ -142,7 +174,9 @@ def go_on(study: Study, journal: Journal, history: History, restart: bool) -> No
             raise InputError(f"{FLAG} cannot help here: {problem}\n  not repeated: {error}")
         planned = [_restart(error, history, study), *planned]
         _require_to_work(study, [*journal.records, *planned])
-    elif restart:
+        history.extend(planned, str(study.directory))
+        return Beginning(journal, planned)
+    if restart:
         here = dict(numerics.numerics())
         if history.provenance.latest != here:
             planned.append({"ev": "numerics", "trial": asked, "numerics": here})
@@ -151,10 +185,8 @@ def go_on(study: Study, journal: Journal, history: History, restart: bool) -> No
             FLAG, found.compared,
         )  # fmt: skip
     for record in planned:
-        fields = {key: value for key, value in record.items() if key not in ("ev", "t")}
-        history.add(journal.append(record["ev"], **fields))
-    if error is not None:
-        logger.warning("search restarted %s", restart_note(history.provenance.restarts[-1:]))
+        history.add(_write(journal, record))
+    return journal
 
 
 def _retry(history: History) -> list[Record]:
@@ -185,9 +217,13 @@ def _require_to_work(study: Study, records: Sequence[Record]) -> None:
     Raises:
         InputError: says why not.
     """
-    error = rerun(study, History.of(records, str(study.directory))).error
+    history = History.of(records, str(study.directory))
+    try:
+        error: EvomergeError | None = rerun(study, history, build=True).error
+    except EvomergeError as caught:  # from the fresh searcher
+        error = caught
     if error is not None:
-        raise InputError(f"{FLAG} cannot help here: {error}")
+        raise InputError(f"{FLAG} cannot help here: {error}") from error
 
 
 def _reason(error: ReplayError, provenance: Provenance) -> str:

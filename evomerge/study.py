@@ -21,7 +21,7 @@ from evomerge.halving import Halving
 from evomerge.interrupt import StopSignals
 from evomerge.item_cache import Items
 from evomerge.items import Resampled
-from evomerge.journal import Journal
+from evomerge.journal import Journal, Recorder
 from evomerge.pool import Pool
 from evomerge.racing import Racing
 from evomerge.recipe import Recipe
@@ -234,11 +234,11 @@ class Study:
         """
         with StopSignals() as signals, Journal(self.directory) as journal:
             history = History.of(journal.records, str(self.directory))
-            self._open(journal, history, restart)
+            recorder = self._open(journal, history, restart)
             self.on_open()
             if self.spool is not None:
                 self.spool.open()
-            run = StudyRun(self, journal, history, signals)
+            run = StudyRun(self, recorder, history, signals)
             try:
                 run.all_phases()
                 if self.spool is not None:
@@ -246,7 +246,7 @@ class Study:
             except ReplayError as error:
                 raise ReplayError(explained(error, history, self), error.trial) from error
             except (InputError, SetupError) as error:
-                journal.append("stop", reason="error", message=str(error))
+                recorder.append("stop", reason="error", message=str(error))
                 raise
             finally:
                 run.evaluations.close()
@@ -310,17 +310,17 @@ class Study:
             },
         }  # fmt: skip
 
-    def _open(self, journal: Journal, history: History, restart: bool) -> None:
-        """Begin or continue a journal."""
+    def _open(self, journal: Journal, history: History, restart: bool) -> Recorder:
+        """Begin or continue a journal; return where to write."""
         if history.opened is not None:
             self.require_same(history, restart)
-            go_on(self, journal, history, restart)
-            return
+            return go_on(self, journal, history, restart)
         aggregates = aggregate_fields(self.aggregates)
         more = {} if aggregates is None else {"aggregates": aggregates}
         here = dict(numerics.numerics())
         fields = {**self.contract(), **more, "numerics": here}
         history.add(journal.append("open", schema=SCHEMA, **fields))
+        return journal
 
     def require_same(self, history: History, drift: bool = False) -> None:
         """Do nothing where a journal holds a study of these settings.

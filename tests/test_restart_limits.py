@@ -16,10 +16,12 @@ from study_journals import Shuffled, cut, events_of
 from toy_study import DIMENSION, ToyStudyFactory, ToyStudyWorker, decode, recipe, toy_study
 
 from evomerge import launch, numerics
-from evomerge.errors import InputError, NothingUsableError, ReplayError
+from evomerge.errors import InputError, NothingUsableError, ReplayError, SetupError
 from evomerge.halving import Halving
 from evomerge.journal import JOURNAL, encode, read
+from evomerge.pool import Pool
 from evomerge.replay import verify
+from evomerge.search.protocol import SearchProblem
 from evomerge.study import Baseline
 from evomerge.study_record import library_versions
 from evomerge.study_view import StudyState, StudyView
@@ -244,6 +246,10 @@ def test_a_restart_lost_evaluations_of_a_study_that_failures_had_ended(tmp_path:
     assert (view.counts.done, view.counts.failed) == (43, 0)
     assert [r["ev"] for r in events_of(directory, "restart", "retry")] == ["restart", "retry"]
     assert verify(directory, moved(directory, **MANY)).problems == ()
+    cut(directory, events_of(directory, "retry")[0]["seq"])  # killed between the two
+    view = moved(directory, **MANY).run()
+    assert (view.counts.done, view.counts.failed) == (43, 0)
+    assert done.items() <= view.history.digests.items()
 
 
 def test_where_a_search_is_not_repeated_nothing_is_taken_back(tmp_path: Path) -> None:
@@ -263,3 +269,33 @@ def test_where_a_search_is_not_repeated_nothing_is_taken_back(tmp_path: Path) ->
     with pytest.raises(InputError, match="nested_map merges the experts pair by pair"):
         moved(tmp_path / "nested", **MANY, **nested).run(restart=True)
     assert (tmp_path / "nested" / JOURNAL).read_bytes() == before
+
+
+def test_a_restart_that_cannot_begin_bound_every_other_machine(tmp_path: Path) -> None:
+    """It is not written before its searcher can be built and workers are there."""
+
+    class Choosy(Moved):
+        def __init__(self, problem: SearchProblem) -> None:
+            if problem.budget < 15:
+                raise InputError(f"search.trials: needs 15, got {problem.budget}")
+            super().__init__(problem)
+
+    def no_pool() -> Pool:
+        raise SetupError("no GPU here")
+
+    directory = tmp_path / "s"
+    begun(directory)
+    before = (directory / JOURNAL).read_bytes()
+    with pytest.raises(InputError, match=r"cannot help here: search\.trials: needs 15, got 11"):
+        moved(directory, make_searcher=Choosy).run(restart=True)
+    assert (directory / JOURNAL).read_bytes() == before
+    with pytest.raises(SetupError, match="no GPU here"):
+        moved(directory, make_pool=no_pool).run(restart=True)
+    assert (directory / JOURNAL).read_bytes() == before
+    toy_study(directory).run()
+    assert not events_of(directory, "restart")
+
+    _stopped_by_failures(tmp_path / "failed")
+    with pytest.raises(SetupError, match="no GPU here"):
+        moved(tmp_path / "failed", make_pool=no_pool, **MANY).run(restart=True)
+    assert moved(tmp_path / "failed", **MANY).run(restart=True).counts.failed == 0
