@@ -178,10 +178,10 @@ def go_on(study: Study, journal: Journal, history: History, restart: bool) -> Re
         return Beginning(journal, planned)
     if restart:
         here = dict(numerics.numerics())
-        if history.provenance.latest != here:
+        if history.done is None and history.provenance.latest != here:
             planned.append({"ev": "numerics", "trial": asked, "numerics": here})
         logger.warning(
-            "%s changes nothing: the searcher repeats what the journal holds (%d asks)",
+            "%s was not needed: the searcher repeats what the journal holds (%d asks), so it stays",
             FLAG, found.compared,
         )  # fmt: skip
     for record in planned:
@@ -236,19 +236,26 @@ def _reason(error: ReplayError, provenance: Provenance) -> str:
 # -- versions -----------------------------------------------------------------------------------
 
 
-def asked_with(identity: Mapping[str, Any], history: History) -> dict[str, Any]:
-    """Return a recorded identity with the versions that the last trials were asked with."""
+def asked_with(identity: Mapping[str, Any], history: History) -> list[dict[str, Any]]:
+    """Return a recorded identity with the versions that belong to it, in all their states.
+
+    First with those that the last trial was asked with, then with those that were noted for the
+    next one: while nothing was asked with these, a study may go on with either.
+    """
     assert history.opened is not None
-    first, latest = history.opened.get("numerics"), history.provenance.latest
-    if latest is None:
-        return dict(identity)
+    first = history.opened.get("numerics")
     began: Mapping[str, str] = {} if first is None else first["versions"]
-    moved = {
-        name: latest["versions"].get(name, "absent")
-        for name in SEARCH_PACKAGES
-        if latest["versions"].get(name) != began.get(name)
-    }
-    return _with_versions(identity, moved)
+    asked = history.provenance.of(len(history.trials) - 1)
+    found = []
+    for noted in (asked or first, history.provenance.latest):
+        versions: Mapping[str, str] = began if noted is None else noted["versions"]
+        moved = {
+            name: versions.get(name, "absent")
+            for name in SEARCH_PACKAGES
+            if versions.get(name) != began.get(name)
+        }
+        found.append(_with_versions(identity, moved))
+    return found
 
 
 def with_versions_of(identity: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -336,8 +336,11 @@ class Study:
         contract = dict.fromkeys(self._economy()) | self.contract() | {"order": self.order}
         recorded: dict[str, Any] = {key: history.opened.get(key) for key in contract}
         recorded["order"] = history.opened.get("order", "ask")
-        recorded["identity"] = asked_with(recorded["identity"], history)
-        changed = differences(compared(recorded), compared(contract))
+        states = [
+            differences(compared({**recorded, "identity": identity}), compared(contract))
+            for identity in asked_with(recorded["identity"], history)
+        ]
+        changed = states[0] if all(states) else []
         identity = with_versions_of(self.contract()["identity"], recorded["identity"])
         others = differences(compared(recorded), compared({**contract, "identity": identity}))
         if others or (changed and not drift):

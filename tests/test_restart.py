@@ -180,7 +180,7 @@ def test_where_it_repeats_itself_the_flag_changes_nothing_and_says_so(
     toy_study(tmp_path / "s").run(restart=True)
     assert essence_of(tmp_path / "s") == essence_of(tmp_path / "whole")
     assert not events_of(tmp_path / "s", "restart", "numerics")
-    assert "--restart-search changes nothing: the searcher repeats" in caplog.text
+    assert "--restart-search was not needed: the searcher repeats" in caplog.text
     toy_study(tmp_path / "new").run(restart=True)
     assert essence_of(tmp_path / "new") == essence_of(tmp_path / "whole")
 

@@ -299,3 +299,40 @@ def test_a_restart_that_cannot_begin_bound_every_other_machine(tmp_path: Path) -
     with pytest.raises(SetupError, match="no GPU here"):
         moved(tmp_path / "failed", make_pool=no_pool, **MANY).run(restart=True)
     assert moved(tmp_path / "failed", **MANY).run(restart=True).counts.failed == 0
+
+
+def test_the_flag_under_other_versions_shut_those_out_that_the_study_was_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evomerge import study as study_module
+
+    def no_pool() -> Pool:
+        raise SetupError("no GPU here")
+
+    real, here = library_versions(), dict(numerics.numerics())
+    versions = {**here["versions"], "numpy": "9.9"}
+    directory = tmp_path / "s"
+    begun(directory)
+    toy_study(tmp_path / "done").run()
+    finished = (tmp_path / "done" / JOURNAL).read_bytes()
+    with monkeypatch.context() as other:
+        other.setattr(study_module, "library_versions", lambda: {**real, "numpy": "9.9"})
+        other.setattr(numerics, "numerics", lambda: {**here, "versions": versions})
+        toy_study(tmp_path / "done").run(restart=True)
+        with pytest.raises(SetupError, match="no GPU here"):
+            toy_study(directory, make_pool=no_pool).run(restart=True)
+        with pytest.raises(SetupError, match="no GPU here"):  # and from now on without the flag
+            toy_study(directory, make_pool=no_pool).run()
+    assert (tmp_path / "done" / JOURNAL).read_bytes() == finished
+    assert verify(directory, toy_study(directory)).problems == ()
+    asks = len(events_of(directory, "ask"))
+    assert toy_study(directory).run().state is StudyState.FINISHED
+    assert StudyView.load(directory).history.provenance.of(asks) == here
+
+    begun(directory)  # once a trial was asked with the others, those count
+    with monkeypatch.context() as other:
+        other.setattr(study_module, "library_versions", lambda: {**real, "numpy": "9.9"})
+        other.setattr(numerics, "numerics", lambda: {**here, "versions": versions})
+        toy_study(directory).run(restart=True)
+    with pytest.raises(InputError, match=r'installed\.numpy: "9\.9" -> '):
+        toy_study(directory).run()
