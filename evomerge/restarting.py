@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge import numerics
 from evomerge.errors import EvomergeError, InputError, ReplayError
-from evomerge.journal import Journal, Record, Recorder
+from evomerge.journal import Journal, Record, Recorder, read
 from evomerge.numerics import SEARCH_PACKAGES, differences, environment
 from evomerge.rerun import rerun
 from evomerge.restart_record import Provenance, Restart, restart_note
@@ -44,6 +44,11 @@ def explained(error: ReplayError, history: History, study: Study) -> str:
     provenance = history.provenance
     lines = [str(error), *_then_and_now(error.trial, provenance)]
     problem = _obstacle(error, history, study)
+    if not problem and study.estimation is not None:  # it may choose other items here
+        records = read(study.directory).records
+        history = History.of(records, str(study.directory))
+        planned = [_restart(error, history, study), *_retry(history)]
+        problem = _dead_end(study, [*records, *planned])
     if problem:
         lines.append(f"  {FLAG} cannot help here: {problem}")
     else:
@@ -169,11 +174,11 @@ def go_on(study: Study, journal: Journal, history: History, restart: bool) -> Re
     if error is not None and not restart:
         raise ReplayError(explained(error, history, study), error.trial)
     if error is not None:
+        planned = [_restart(error, history, study), *planned]
         problem = _obstacle(error, history, study)
+        problem = problem or _dead_end(study, [*journal.records, *planned])
         if problem:
             raise InputError(f"{FLAG} cannot help here: {problem}\n  not repeated: {error}")
-        planned = [_restart(error, history, study), *planned]
-        _require_to_work(study, [*journal.records, *planned])
         history.extend(planned, str(study.directory))
         return Beginning(journal, planned)
     if restart:
@@ -211,19 +216,14 @@ def _restart(error: ReplayError, history: History, study: Study) -> Record:
     }
 
 
-def _require_to_work(study: Study, records: Sequence[Record]) -> None:
-    """Refuse a restart before it is written, where the study could not go on from it.
-
-    Raises:
-        InputError: says why not.
-    """
+def _dead_end(study: Study, records: Sequence[Record]) -> str:
+    """Return why a study could not go on from a planned restart; empty where it could."""
     history = History.of(records, str(study.directory))
     try:
-        error: EvomergeError | None = rerun(study, history, build=True).error
+        error = rerun(study, history, build=True).error
     except EvomergeError as caught:  # from the fresh searcher
-        error = caught
-    if error is not None:
-        raise InputError(f"{FLAG} cannot help here: {error}") from error
+        return str(caught)
+    return "" if error is None else str(error)
 
 
 def _reason(error: ReplayError, provenance: Provenance) -> str:

@@ -72,7 +72,17 @@ def test_estimated_studies_are_refused_where_other_items_are_chosen(tmp_path: Pa
     )
     with pytest.raises(InputError, match=r"trial 5: the estimator chose other items"):
         economy_study(other, "estimated", estimation=elsewhere).run(restart=True)
+    refused = r"cannot help here: trial 5: the estimator chose other items"
+    with pytest.raises(
+        ReplayError, match=rf"^trial 5: the journal has other items(.|\n)*{refused}"
+    ):
+        economy_study(other, "estimated", estimation=elsewhere).run()
     assert (other / JOURNAL).read_bytes() == before
+
+    economy_study(other, "estimated", make_searcher=Moved).run(restart=True)
+    cut(other, events_of(other, "ask")[-2]["seq"] + 1)
+    with pytest.raises(ReplayError, match=refused):  # after a restart too
+        economy_study(other, "estimated", make_searcher=Moved, estimation=elsewhere).run()
 
 
 def test_finished_studies_baselines_and_other_spaces_are_refused(tmp_path: Path) -> None:
