@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from evomerge import numerics
 from evomerge.errors import EvomergeError, InputError, ReplayError
 from evomerge.journal import Journal, Record, Recorder, read
-from evomerge.numerics import SEARCH_PACKAGES, differences, environment
+from evomerge.numerics import SEARCH_PACKAGES, differences, remedies
 from evomerge.rerun import rerun
 from evomerge.restart_record import Provenance, Restart, restart_note
 from evomerge.restarted import restart_problem
@@ -77,14 +76,8 @@ def _then_and_now(trial: int | None, provenance: Provenance) -> list[str]:
             f"trial {trial} was asked",
             f"{exact} with the code of the searcher and on the machine of then",
         ]
-    lines = [f"  since trial {trial} was asked: {'; '.join(changed)}"]
-    variables = environment(then, now)
-    if variables:
-        words = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
-        return [*lines, f"{exact} where trial {trial} was asked, or here with: {words}"]
-    versions = then.get("versions") != now.get("versions")
-    remedy = "with those versions" if versions else f"on a CPU like that of trial {trial}"
-    return [*lines, f"{exact} {remedy}"]
+    remedy = " and ".join(remedies(then, now, f"on a CPU like that of trial {trial}"))
+    return [f"  since trial {trial} was asked: {'; '.join(changed)}", f"{exact} {remedy}"]
 
 
 def _obstacle(error: ReplayError, history: History, study: Study) -> str:

@@ -80,7 +80,7 @@ def test_without_the_flag_it_stops_names_what_differs_and_loses_nothing(
         "AVX512_SKX for numpy"
     )
     assert exact == (
-        "  to go on exactly as it began: run it where trial 8 was asked, or here with: "
+        "  to go on exactly as it began: run it on a CPU like that of trial 8, or here with: "
         "OPENBLAS_CORETYPE=Haswell NPY_DISABLE_CPU_FEATURES='AVX512F AVX512_SKX'"
     )
     weaker = {**then, "features": []}

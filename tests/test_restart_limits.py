@@ -204,6 +204,33 @@ def test_journals_without_numerics_are_continued_and_say_so_when_they_are_not_re
     assert moved(directory).run(restart=True).counts.done == 23
 
 
+@pytest.mark.parametrize(
+    ("changed", "exact"),
+    [
+        ({"libc": "glibc 2.36"}, "with that C library"),
+        (
+            {"versions": {"python": "3.11.7"}, "blas": "Zen", "features": ["AVX2", "AVX512F"]},
+            "with those versions and on a CPU like that of trial 8, or here with: "
+            "OPENBLAS_CORETYPE=Haswell NPY_DISABLE_CPU_FEATURES=AVX512F",
+        ),
+        (
+            {"libc": "glibc 2.36", "features": ["AVX2", "FMA3"]},
+            "with that C library and on a CPU like that of trial 8, or here with: "
+            "NPY_DISABLE_CPU_FEATURES=FMA3",
+        ),
+        ({"machine": "aarch64", "blas": ""}, "on a CPU like that of trial 8"),
+        ({"blas": "", "features": []}, "on a CPU like that of trial 8"),
+    ],
+)
+def test_the_remedy_left_out_some_of_what_differs(changed: dict[str, Any], exact: str) -> None:
+    then = {
+        "versions": {"python": "3.11.2"}, "blas": "Haswell", "features": ["AVX2"],
+        "machine": "x86_64", "libc": "glibc 2.31",
+    }  # fmt: skip
+    found = numerics.remedies(then, {**then, **changed}, "on a CPU like that of trial 8")
+    assert " and ".join(found) == exact
+
+
 def test_the_journal_notes_another_cpu_only_where_it_asks_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
