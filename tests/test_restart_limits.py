@@ -21,7 +21,8 @@ from evomerge.halving import Halving
 from evomerge.journal import JOURNAL, encode, read
 from evomerge.pool import Pool
 from evomerge.replay import verify
-from evomerge.search.protocol import SearchProblem
+from evomerge.search.protocol import SearchProblem, WarmPoint
+from evomerge.search_facts import taking_over
 from evomerge.study import Baseline
 from evomerge.study_record import library_versions
 from evomerge.study_view import StudyState, StudyView
@@ -373,3 +374,21 @@ def test_the_flag_under_other_versions_shut_those_out_that_the_study_was_begun_w
         toy_study(directory).run(restart=True)
     with pytest.raises(InputError, match=r'installed\.numpy: "9\.9" -> '):
         toy_study(directory).run()
+
+
+def test_a_restarted_polish_left_its_merge_for_a_better_baseline() -> None:
+    warm = (
+        WarmPoint((0.9,), (0.1,), "expert:a"),
+        WarmPoint((0.2,), (0.5,), "start"),
+        WarmPoint((0.3,), (0.6,), "trial 3"),
+        WarmPoint((0.4,), (0.4,), "trial 4"),
+    )
+
+    def start(searcher: str, count: int, start: tuple[float, ...] | None) -> Any:
+        problem = SearchProblem(1, 1, 50, 2, 1, warm=warm[:count], start=start)
+        return taking_over(problem, searcher, {}).start
+
+    assert start("polish", 4, (0.2,)) == (0.4,)
+    assert start("polish", 3, (0.2,)) == (0.2,)
+    assert start("polish", 4, None) == (0.9,)
+    assert start("cma", 4, (0.2,)) == (0.9,)
