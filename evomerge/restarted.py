@@ -62,7 +62,7 @@ def earlier(history: History, restart: Restart, first: int) -> Iterator[Trial]:
 
 
 def chosen_earlier(items: TrialItems, history: History, number: int, first: int) -> Chosen:
-    """Return what a trial before a restart is scored on; it races against nobody.
+    """Return what a trial before a restart is scored on; it races no more.
 
     Raises:
         ReplayError: an estimator now chooses other items than those that it was asked for.

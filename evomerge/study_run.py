@@ -245,7 +245,9 @@ class StudyRun:
         for trial in trials:
             chosen = chosen_earlier(self._items, self._history, trial.number, first)
             self.evaluations.request(
-                Request(trial, "search", chosen.items, chosen.mode, design=chosen.design)
+                Request(
+                    trial, "search", chosen.items, chosen.mode, design=chosen.design, earlier=True
+                )
             )
         for trial in trials:
             if self._settle(trial):
