@@ -79,7 +79,7 @@ def taking_over(
     A search for one loss starts at the best point; polish, which was given a merge to improve, at
     the best of this merge and what came of it, whatever another baseline is worth. M2N2 asks
     again for everything that it starts from, so it gets an archive of the best points, on which
-    at most half of its trials go; they are known, so no worker is asked.
+    at most half of its trials go; on items that they were scored on no worker is asked.
 
     Args:
         problem: informed.
