@@ -198,7 +198,7 @@ def run(
     --restart-search it goes on without that: trials that were asked are finished, and a fresh
     searcher spends the rest of the budget, starting from all results so far. The study is then no
     longer reproducible from its seed alone, and says so. Later runs need the flag no more. Where
-    the searcher repeats itself the flag changes nothing.
+    the searcher repeats itself it stays, with the flag too.
     """
     from evomerge.facts import front_facts, plan_facts, plan_lines
     from evomerge.terminal import make_console, print_finished, run_with_progress

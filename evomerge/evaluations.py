@@ -43,6 +43,8 @@ class Request:
         rung: with the split ``part``, score the first so many of each objective only; the trial
             is not finished then, unless it fails.
         design: items of the estimator that are looked at in the mode ``check`` [m][n].
+        earlier: a searcher asked for it that was replaced since. It races no more, but what was
+            measured of it in its race is taken.
     """
 
     trial: Trial
@@ -52,6 +54,7 @@ class Request:
     rivals: tuple[tuple[tuple[float, ...], ...], ...] = ()
     rung: int | None = None
     design: Items = ()
+    earlier: bool = False
 
     @property
     def wanted(self) -> Items:
@@ -319,7 +322,7 @@ class Evaluations:
         while self._queue:
             request = self._queue[0]
             job = self._job(request)
-            found = self._spool.get(job) if self._spool is not None and self._spooled else None
+            found = self._found(request, job)
             if found is None:
                 if self._pool is None:
                     self._pool = self._make_pool()
@@ -327,9 +330,18 @@ class Evaluations:
                     return
                 self._pool.submit(job)
             self._queue.popleft()
-            self._in_flight[job.number] = (request, job)
+            self._in_flight[job.number] = (request, job if found is None else found[0])
             if found is not None:
-                self._accept(Outcome(job.number, found, 1, SPOOL))
+                self._accept(Outcome(job.number, found[1], 1, SPOOL))
+
+    def _found(self, request: Request, job: Job) -> tuple[Job, Evaluation] | None:
+        """Return what the spool has for a job, and the job that it was measured for."""
+        if self._spool is None or not self._spooled:
+            return None
+        found = self._spool.get(job)
+        if found is not None:
+            return job, found
+        return self._spool.raced(job) if request.earlier else None
 
     def _job(self, request: Request) -> Job:
         trial = request.trial

@@ -17,6 +17,7 @@ from evomerge.fitness.aggregate import MeanEstimator
 from evomerge.interrupt import grace_seconds
 from evomerge.journal import JOURNAL as JOURNAL_FILE
 from evomerge.merge.masses import MASSES_FILE, store_masses
+from evomerge.numerics import SEARCH_PACKAGES
 from evomerge.pool import Pool
 from evomerge.prepare import Prepared
 from evomerge.presentation import STUDY_FILE, project
@@ -179,9 +180,16 @@ def _spool(prepared: Prepared) -> Spool | None:
     """Return where workers of their own processes leave evaluations; None for the serial pool."""
     if prepared.file.pool.kind == "serial":
         return None
-    facts = [prepared.identity(), library_versions()]
-    owner = blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return Spool(prepared.directory.resolve() / SPOOL, owner)
+    identity, versions = prepared.identity(), library_versions()
+    # What only searchers compute with decides no score, and a restarted search may have others.
+    scored = {key: value for key, value in identity.items() if key != "libraries"}
+    kept = {name: found for name, found in versions.items() if name not in SEARCH_PACKAGES}
+    former = _digest([identity, versions])
+    return Spool(prepared.directory.resolve() / SPOOL, _digest([scored, kept]), former)
+
+
+def _digest(facts: object) -> str:
+    return blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _target(file: StudyFile, directory: Path, root: Path) -> Target | None:

@@ -8,6 +8,7 @@ asked, and an error can say what differs.
 from __future__ import annotations
 
 import platform
+import shlex
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -85,24 +86,40 @@ def differences(then: Numerics, now: Numerics) -> list[str]:
     return lines
 
 
-def environment(then: Numerics, now: Numerics) -> dict[str, str]:
-    """Return the variables with which this machine computes as ``then``; empty where none do.
+def remedies(then: Numerics, now: Numerics, cpu: str) -> list[str]:
+    """Return what it takes to compute as ``then``, one entry for each group that differs.
 
-    They do where only the CPU differs, and has everything that the other one had.
+    Args:
+        then: how trials were asked.
+        now: how they are asked here.
+        cpu: words for a machine with the CPU of then.
     """
-    if _others(then) != _others(now):
-        return {}
+    found = []
+    if then.get("versions") != now.get("versions"):
+        found.append("with those versions")
+    if then.get("libc") != now.get("libc"):
+        found.append("with that C library")
+    if any(then.get(key) != now.get(key) for key in ("machine", "blas", "features")):
+        variables = environment(then, now)
+        words = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+        found.append(f"{cpu}, or here with: {words}" if words else cpu)
+    return found
+
+
+def environment(then: Numerics, now: Numerics) -> dict[str, str]:
+    """Return the variables with which this CPU computes as that of ``then``; empty where none do.
+
+    They do where it has everything that the other one had.
+    """
     had, has = then.get("features", []), now.get("features", [])
-    if not set(had) <= set(has):
+    if then.get("machine") != now.get("machine") or not set(had) <= set(has):
         return {}
     variables = {}
-    if then.get("blas") and then["blas"] != now.get("blas"):
+    if then.get("blas") != now.get("blas"):
+        if not then.get("blas"):
+            return {}
         variables["OPENBLAS_CORETYPE"] = str(then["blas"])
     surplus = [name for name in has if name not in had]
     if surplus:
         variables["NPY_DISABLE_CPU_FEATURES"] = " ".join(surplus)
     return variables
-
-
-def _others(noted: Numerics) -> dict[str, Any]:
-    return {key: value for key, value in noted.items() if key not in ("blas", "features")}

@@ -68,12 +68,17 @@ class _Dry:
         return {"ev": event, "t": round(time.time(), 3), **fields}
 
 
-def rerun(study: Study, history: History) -> Rerun:
+def rerun(study: Study, history: History, build: bool = False) -> Rerun:
     """Ask a fresh searcher everything that a history holds.
 
     Args:
         study: with the settings of the history.
         history: what is asked beyond it is added, so it is of no use afterwards.
+        build: build the searcher of its last restart even where workers have to finish trials
+            before that.
+
+    Raises:
+        EvomergeError: from the searcher or an estimator.
     """
     restart = history.provenance.last
     asked = len(history.trials)
@@ -87,7 +92,11 @@ def rerun(study: Study, history: History) -> Rerun:
     try:
         run.all_phases()
         end = history.done
-    except (_WorkerNeededError, NothingUsableError):
+    except _WorkerNeededError:
+        results = history.results
+        if build and restart and any(("search", n) not in results for n in range(restart.trial)):
+            run.build_fresh()
+    except NothingUsableError:
         pass
     except ReplayError as caught:
         error = caught

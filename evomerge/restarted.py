@@ -62,7 +62,7 @@ def earlier(history: History, restart: Restart, first: int) -> Iterator[Trial]:
 
 
 def chosen_earlier(items: TrialItems, history: History, number: int, first: int) -> Chosen:
-    """Return what a trial before a restart is scored on; it races against nobody.
+    """Return what a trial before a restart is scored on; it races no more.
 
     Raises:
         ReplayError: an estimator now chooses other items than those that it was asked for.
@@ -89,8 +89,8 @@ def warm_points(
     """
     points: dict[tuple[float, ...], WarmPoint] = {}
     for number in range(restart.trial):
-        trial, result = history.trials[number], history.results["search", number]
-        if trial.x is None or not isinstance(result.value, Evaluation):
+        trial, result = history.trials[number], history.results.get(("search", number))
+        if trial.x is None or result is None or not isinstance(result.value, Evaluation):
             continue
         label = "" if trial.kind == "baseline" else f"{EARLIER}{number}"
         points.setdefault(trial.x, WarmPoint(trial.x, told(result.value), label))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from evomerge import numerics
-from evomerge.errors import InputError, ReplayError
-from evomerge.journal import Journal, Record, read
-from evomerge.numerics import SEARCH_PACKAGES, differences, environment
+from evomerge.errors import EvomergeError, InputError, ReplayError
+from evomerge.journal import Journal, Record, Recorder, read
+from evomerge.numerics import SEARCH_PACKAGES, differences, remedies
 from evomerge.rerun import rerun
-from evomerge.restart_record import Provenance, restart_note
+from evomerge.restart_record import Provenance, Restart, restart_note
 from evomerge.restarted import restart_problem
 from evomerge.study_record import History
 
@@ -44,6 +43,11 @@ def explained(error: ReplayError, history: History, study: Study) -> str:
     provenance = history.provenance
     lines = [str(error), *_then_and_now(error.trial, provenance)]
     problem = _obstacle(error, history, study)
+    if not problem and study.estimation is not None:  # it may choose other items here
+        records = read(study.directory).records
+        history = History.of(records, str(study.directory))
+        planned = [_restart(error, history, study), *_retry(history)]
+        problem = _dead_end(study, [*records, *planned])
     if problem:
         lines.append(f"  {FLAG} cannot help here: {problem}")
     else:
@@ -72,14 +76,8 @@ def _then_and_now(trial: int | None, provenance: Provenance) -> list[str]:
             f"trial {trial} was asked",
             f"{exact} with the code of the searcher and on the machine of then",
         ]
-    lines = [f"  since trial {trial} was asked: {'; '.join(changed)}"]
-    variables = environment(then, now)
-    if variables:
-        words = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
-        return [*lines, f"{exact} where trial {trial} was asked, or here with: {words}"]
-    versions = then.get("versions") != now.get("versions")
-    remedy = "with those versions" if versions else f"on a CPU like that of trial {trial}"
-    return [*lines, f"{exact} {remedy}"]
+    remedy = " and ".join(remedies(then, now, f"on a CPU like that of trial {trial}"))
+    return [f"  since trial {trial} was asked: {'; '.join(changed)}", f"{exact} {remedy}"]
 
 
 def _obstacle(error: ReplayError, history: History, study: Study) -> str:
@@ -104,55 +102,121 @@ def _other_merge(history: History, study: Study) -> str:
     return ""
 
 
-def restart_where_needed(study: Study, journal: Journal) -> None:
-    """Let a fresh searcher take over where the recorded asks are not repeated.
+class Beginning:
+    """A journal whose next records wait until another one follows them.
 
-    Writes a ``restart`` record then, and says so; where they are repeated only that. Reads the
-    journal and asks its searcher again; needs no workers.
+    A restart binds every machine. So it is written when there are workers, or a result: a run
+    that ends before that leaves the journal as it was.
+
+    Args:
+        journal: of the study.
+        held: the records that wait; the first one is the restart.
+    """
+
+    def __init__(self, journal: Journal, held: Sequence[Record]) -> None:
+        self._journal = journal
+        self._held = list(held)
+
+    def append(self, event: str, **fields: Any) -> Record:
+        """Write what waits and one more record; a ``stop`` is not worth it."""
+        if self._held and event == "stop":
+            return {"ev": event, "t": self._held[0]["t"], **fields}
+        while self._held:
+            written = _write(self._journal, self._held[0])
+            del self._held[0]
+            if written["ev"] == "restart":
+                logger.warning("search restarted %s", restart_note([Restart.of(written)]))
+        return self._journal.append(event, **fields)
+
+
+def _write(journal: Journal, record: Record) -> Record:
+    fields = {key: value for key, value in record.items() if key not in ("ev", "t")}
+    return journal.append(record["ev"], **fields)
+
+
+def go_on(study: Study, journal: Journal, history: History, restart: bool) -> Recorder:
+    """Return where a recorded study goes on, after all that it needs for that is decided.
+
+    Failures that ended it are asked for again (``retry``): by now their cause was mended. With
+    ``restart`` a fresh searcher takes over where the recorded asks are not repeated. It does so
+    before the retry, which then takes no trial back. Asks the searcher again; needs no workers.
+
+    Args:
+        study: with the settings of the journal.
+        journal: of the study.
+        history: what it holds; takes in what is written.
+        restart: see above.
 
     Raises:
         InputError: the study cannot go on with another searcher, or is finished; says why.
+        ReplayError: a retry would take trials back that the searcher does not repeat.
     """
-    records = read(study.directory).records
-    history = History.of(records, str(study.directory))
-    here, asked = dict(numerics.numerics()), len(history.trials)
-    found = rerun(study, History.of(records, str(study.directory)))
-    if found.error is None and not found.missing:
-        if history.provenance.latest != here:
-            journal.append("numerics", trial=asked, numerics=here)
+    planned = _retry(history)
+    if not planned and not restart:
+        return journal
+    records = [*journal.records, *planned]
+    tried = History.of(records, str(study.directory))
+    asked = len(tried.trials)
+    found = rerun(study, tried)
+    error = found.error
+    if restart and error is None and found.missing:
+        number = asked - found.missing
+        error = ReplayError(
+            f"trial {number}: the searcher does not ask for it as early as it did", number
+        )
+    if error is not None and not restart:
+        raise ReplayError(explained(error, history, study), error.trial)
+    if error is not None:
+        planned = [_restart(error, history, study), *planned]
+        problem = _obstacle(error, history, study)
+        problem = problem or _dead_end(study, [*journal.records, *planned])
+        if problem:
+            raise InputError(f"{FLAG} cannot help here: {problem}\n  not repeated: {error}")
+        history.extend(planned, str(study.directory))
+        return Beginning(journal, planned)
+    if restart:
+        here = dict(numerics.numerics())
+        if history.done is None and history.provenance.latest != here:
+            planned.append({"ev": "numerics", "trial": asked, "numerics": here})
         logger.warning(
-            "%s changes nothing: the searcher repeats what the journal holds (%d asks)",
+            "%s was not needed: the searcher repeats what the journal holds (%d asks), so it stays",
             FLAG, found.compared,
         )  # fmt: skip
-        return
-    error = found.error or ReplayError(
-        f"trial {asked - found.missing}: the searcher does not ask for it as early as it did",
-        asked - found.missing,
-    )
-    problem = _obstacle(error, history, study)
-    if problem:
-        raise InputError(f"{FLAG} cannot help here: {problem}\n  not repeated: {error}")
-    reason = _reason(error, history.provenance)
-    fields = {
-        "trial": asked, "limits": len(history.limits(study.budget, study.item_budget)),
-        "reason": reason, "replay": str(error), "numerics": here,
-    }  # fmt: skip
-    _require_to_work(study, records, fields)
-    history.add(journal.append("restart", **fields))
-    logger.warning("search restarted %s", restart_note(history.provenance.restarts[-1:]))
+    for record in planned:
+        history.add(_write(journal, record))
+    return journal
 
 
-def _require_to_work(study: Study, records: Sequence[Record], fields: Mapping[str, Any]) -> None:
-    """Refuse a restart before it is written, where the study could not go on from it.
+def _retry(history: History) -> list[Record]:
+    """Return the record that lets failures which ended a study be asked for again, if any."""
+    stop = history.stop
+    if stop is None or stop["reason"] != "failure":
+        return []
+    fields = {"split": stop["split"], "trials": stop["trials"]}
+    return [{"ev": "retry", "t": history.latest, **fields}]
 
-    Raises:
-        InputError: says why not.
-    """
+
+def _restart(error: ReplayError, history: History, study: Study) -> Record:
+    """Return the record with which a fresh searcher takes over."""
+    return {
+        "ev": "restart",
+        "t": history.latest,
+        "trial": len(history.trials),
+        "limits": len(history.limits(study.budget, study.item_budget)),
+        "reason": _reason(error, history.provenance),
+        "replay": str(error),
+        "numerics": dict(numerics.numerics()),
+    }
+
+
+def _dead_end(study: Study, records: Sequence[Record]) -> str:
+    """Return why a study could not go on from a planned restart; empty where it could."""
     history = History.of(records, str(study.directory))
-    history.add({"ev": "restart", "t": history.latest, **fields})
-    error = rerun(study, history).error
-    if error is not None:
-        raise InputError(f"{FLAG} cannot help here: {error}")
+    try:
+        error = rerun(study, history, build=True).error
+    except EvomergeError as caught:  # from the fresh searcher
+        return str(caught)
+    return "" if error is None else str(error)
 
 
 def _reason(error: ReplayError, provenance: Provenance) -> str:
@@ -165,19 +229,26 @@ def _reason(error: ReplayError, provenance: Provenance) -> str:
 # -- versions -----------------------------------------------------------------------------------
 
 
-def asked_with(identity: Mapping[str, Any], history: History) -> dict[str, Any]:
-    """Return a recorded identity with the versions that the last trials were asked with."""
+def asked_with(identity: Mapping[str, Any], history: History) -> list[dict[str, Any]]:
+    """Return a recorded identity with the versions that belong to it, in all their states.
+
+    First with those that the last trial was asked with, then with those that were noted for the
+    next one: while nothing was asked with these, a study may go on with either.
+    """
     assert history.opened is not None
-    first, latest = history.opened.get("numerics"), history.provenance.latest
-    if latest is None:
-        return dict(identity)
+    first = history.opened.get("numerics")
     began: Mapping[str, str] = {} if first is None else first["versions"]
-    moved = {
-        name: latest["versions"].get(name, "absent")
-        for name in SEARCH_PACKAGES
-        if latest["versions"].get(name) != began.get(name)
-    }
-    return _with_versions(identity, moved)
+    asked = history.provenance.of(len(history.trials) - 1)
+    found = []
+    for noted in (asked or first, history.provenance.latest):
+        versions: Mapping[str, str] = began if noted is None else noted["versions"]
+        moved = {
+            name: versions.get(name, "absent")
+            for name in SEARCH_PACKAGES
+            if versions.get(name) != began.get(name)
+        }
+        found.append(_with_versions(identity, moved))
+    return found
 
 
 def with_versions_of(identity: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,9 +76,10 @@ def taking_over(
 ) -> SearchProblem:
     """Return ``problem`` for a fresh searcher that goes on from the trials of another one.
 
-    A search for one loss starts at the best point. M2N2 asks again for everything that it starts
-    from, so it gets an archive of the best points, on which at most half of its trials go; they
-    are known, so no worker is asked.
+    A search for one loss starts at the best point; polish, which was given a merge to improve, at
+    the best of this merge and what came of it, whatever another baseline is worth. M2N2 asks
+    again for everything that it starts from, so it gets an archive of the best points, on which
+    at most half of its trials go; on items that they were scored on no worker is asked.
 
     Args:
         problem: informed.
@@ -90,7 +91,13 @@ def taking_over(
     if problem.objectives > 1:
         return problem
     order = sorted(range(len(problem.warm)), key=lambda row: problem.warm[row].losses[0])
-    problem = replace(problem, start=problem.warm[order[0]].x)
+    starts = order
+    if searcher == "polish" and problem.start is not None:
+        starts = [
+            row for row in order
+            if problem.warm[row].x == problem.start or problem.warm[row].label.startswith(EARLIER)
+        ]  # fmt: skip
+    problem = replace(problem, start=problem.warm[starts[0]].x)
     if searcher != "m2n2":
         return problem
     archive = arguments.get("archive")

@@ -18,7 +18,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from secrets import token_hex
@@ -26,7 +26,7 @@ from typing import Any
 
 from evomerge.errors import StorageError
 from evomerge.journal import decode, encode, hexes, unhexes
-from evomerge.trial import Evaluation, Job, Score, Worker, WorkerFactory
+from evomerge.trial import Evaluation, Job, Race, Score, Worker, WorkerFactory
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,16 @@ _ABANDONED_SECONDS = 3600.0
 def job_key(job: Job) -> str:
     """Return 32 hexadecimal digits of what decides the evaluation of a job; not its number."""
     race = None if job.race is None else asdict(job.race)
-    text = json.dumps([job.recipe.digest, job.items, race], separators=(",", ":"))
+    return _digest([job.recipe.digest, job.items, race])
+
+
+def _work_key(job: Job) -> str:
+    """Return the same for jobs that only differ in their race."""
+    return _digest([job.recipe.digest, job.items])
+
+
+def _digest(facts: object) -> str:
+    text = json.dumps(facts, separators=(",", ":"))
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -54,11 +63,13 @@ class Spool:
     Args:
         directory: of the entries; made by ``open``.
         owner: digest of everything else that decides a score: models, fitness, versions.
+        former: what an earlier evomerge called the same owner; empty for nothing.
     """
 
-    def __init__(self, directory: Path, owner: str) -> None:
+    def __init__(self, directory: Path, owner: str, former: str = "") -> None:
         self.directory = directory
         self.owner = owner
+        self._former = former
 
     def open(self) -> None:
         """Make the folder; remove what was measured for another owner.
@@ -69,7 +80,8 @@ class Spool:
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not self.mine():
-                self.clear()
+                if not self._former or not self._is_of(self._former):
+                    self.clear()
                 _write(self.directory / _OWNER, self.owner.encode())
         except OSError as error:
             raise StorageError(
@@ -79,8 +91,11 @@ class Spool:
 
     def mine(self) -> bool:
         """Return whether the folder can be seen from here and is this study's."""
+        return self._is_of(self.owner)
+
+    def _is_of(self, owner: str) -> bool:
         try:
-            return (self.directory / _OWNER).read_bytes() == self.owner.encode()
+            return (self.directory / _OWNER).read_bytes() == owner.encode()
         except OSError:
             return False
 
@@ -100,6 +115,8 @@ class Spool:
                 for score in evaluation.scores
             ],
         }  # fmt: skip
+        if job.race is not None:  # see ``raced``
+            record |= {"work": _work_key(job), "race": asdict(job.race)}
         try:
             _write(self._path(job), encode(record))
         except (OSError, ValueError) as error:
@@ -108,19 +125,28 @@ class Spool:
     def get(self, job: Job) -> Evaluation | None:
         """Return the evaluation of a job, None where there is none or its file is damaged."""
         path = self._path(job)
-        try:
-            line = path.read_bytes()
-        except OSError:
+        record = _read(path)
+        if record is None:
             return None
-        record = decode(line[:-1]) if line.endswith(b"\n") else None
-        if record is None or record["job"] != job_key(job):
+        if record.get("job") != job_key(job):
             logger.warning("%s is damaged; the job runs again", path)
             return None
-        scores = []
-        for pair, items, margins in record["scores"]:
-            value, error = unhexes(pair)
-            scores.append(Score(value, error, unhexes(items), unhexes(margins)))
-        return Evaluation(tuple(scores), record["seconds"])
+        return _evaluation(record)
+
+    def raced(self, job: Job) -> tuple[Job, Evaluation] | None:
+        """Return what was measured of a job while it raced, and the job with that race.
+
+        Args:
+            job: without a race; on the same items as it had then.
+        """
+        for path in self.entries():
+            record = _read(path)
+            if record is None or record.get("work") != _work_key(job):
+                continue
+            then = replace(job, race=_race(record["race"]))
+            if job_key(then) == record["job"]:
+                return then, _evaluation(record)
+        return None
 
     def drop(self, job: Job) -> None:
         """Remove the entry of a job, whose evaluation is in the journal by now."""
@@ -145,6 +171,36 @@ class Spool:
 
     def _path(self, job: Job) -> Path:
         return self.directory / f"{job_key(job)}{_SUFFIX}"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return what an entry holds: None where there is none, nothing where it is damaged."""
+    try:
+        line = path.read_bytes()
+    except OSError:
+        return None
+    return (decode(line[:-1]) if line.endswith(b"\n") else None) or {}
+
+
+def _evaluation(record: Mapping[str, Any]) -> Evaluation:
+    scores = []
+    for pair, items, margins in record["scores"]:
+        value, error = unhexes(pair)
+        scores.append(Score(value, error, unhexes(items), unhexes(margins)))
+    return Evaluation(tuple(scores), record["seconds"])
+
+
+def _race(fields: Mapping[str, Any]) -> Race:
+    """Return the race that ``asdict`` and JSON made lists of."""
+    return Race(
+        items=tuple(map(tuple, fields["items"])),
+        known=tuple(map(tuple, fields["known"])),
+        rungs=tuple(fields["rungs"]),
+        rivals=tuple(tuple(map(tuple, rival)) for rival in fields["rivals"]),
+        signs=tuple(fields["signs"]),
+        z=fields["z"],
+        least=fields["least"],
+    )
 
 
 def _oldest_first(paths: Iterable[Path]) -> list[Path]:

@@ -21,7 +21,7 @@ from evomerge.halving import Halving
 from evomerge.interrupt import StopSignals
 from evomerge.item_cache import Items
 from evomerge.items import Resampled
-from evomerge.journal import Journal, read
+from evomerge.journal import Journal, Recorder
 from evomerge.pool import Pool
 from evomerge.racing import Racing
 from evomerge.recipe import Recipe
@@ -29,7 +29,7 @@ from evomerge.restarting import (
     DRIFT,
     asked_with,
     explained,
-    restart_where_needed,
+    go_on,
     with_versions_of,
 )
 from evomerge.search.baselines import Baseline
@@ -234,12 +234,11 @@ class Study:
         """
         with StopSignals() as signals, Journal(self.directory) as journal:
             history = History.of(journal.records, str(self.directory))
-            if self._open(journal, history, restart):
-                history = History.of(read(self.directory).records, str(self.directory))
+            recorder = self._open(journal, history, restart)
             self.on_open()
             if self.spool is not None:
                 self.spool.open()
-            run = StudyRun(self, journal, history, signals)
+            run = StudyRun(self, recorder, history, signals)
             try:
                 run.all_phases()
                 if self.spool is not None:
@@ -247,7 +246,7 @@ class Study:
             except ReplayError as error:
                 raise ReplayError(explained(error, history, self), error.trial) from error
             except (InputError, SetupError) as error:
-                journal.append("stop", reason="error", message=str(error))
+                recorder.append("stop", reason="error", message=str(error))
                 raise
             finally:
                 run.evaluations.close()
@@ -311,22 +310,17 @@ class Study:
             },
         }  # fmt: skip
 
-    def _open(self, journal: Journal, history: History, restart: bool) -> bool:
-        """Begin or continue a journal; return whether it must be read again."""
-        if history.opened is None:
-            aggregates = aggregate_fields(self.aggregates)
-            more = {} if aggregates is None else {"aggregates": aggregates}
-            here = dict(numerics.numerics())
-            fields = {**self.contract(), **more, "numerics": here}
-            history.add(journal.append("open", schema=SCHEMA, **fields))
-            return False
-        self.require_same(history, restart)
-        stop = history.stop
-        if stop is not None and stop["reason"] == "failure":  # by now its cause was mended
-            history.add(journal.append("retry", split=stop["split"], trials=stop["trials"]))
-        if restart:
-            restart_where_needed(self, journal)
-        return restart
+    def _open(self, journal: Journal, history: History, restart: bool) -> Recorder:
+        """Begin or continue a journal; return where to write."""
+        if history.opened is not None:
+            self.require_same(history, restart)
+            return go_on(self, journal, history, restart)
+        aggregates = aggregate_fields(self.aggregates)
+        more = {} if aggregates is None else {"aggregates": aggregates}
+        here = dict(numerics.numerics())
+        fields = {**self.contract(), **more, "numerics": here}
+        history.add(journal.append("open", schema=SCHEMA, **fields))
+        return journal
 
     def require_same(self, history: History, drift: bool = False) -> None:
         """Do nothing where a journal holds a study of these settings.
@@ -342,8 +336,11 @@ class Study:
         contract = dict.fromkeys(self._economy()) | self.contract() | {"order": self.order}
         recorded: dict[str, Any] = {key: history.opened.get(key) for key in contract}
         recorded["order"] = history.opened.get("order", "ask")
-        recorded["identity"] = asked_with(recorded["identity"], history)
-        changed = differences(compared(recorded), compared(contract))
+        states = [
+            differences(compared({**recorded, "identity": identity}), compared(contract))
+            for identity in asked_with(recorded["identity"], history)
+        ]
+        changed = states[0] if all(states) else []
         identity = with_versions_of(self.contract()["identity"], recorded["identity"])
         others = differences(compared(recorded), compared({**contract, "identity": identity}))
         if others or (changed and not drift):

@@ -314,7 +314,7 @@ class History:
         """
         event = record["ev"]
         self.latest = record["t"]
-        if event not in ("note", "extend"):
+        if event not in ("note", "extend", "restart"):  # behind a restart a retry may be due still
             self.stop = None
         match event:
             case "open":

@@ -44,13 +44,7 @@ from evomerge.restarted import (
 )
 from evomerge.search.protocol import Searcher, SearchProblem, Told, WarmPoint
 from evomerge.study_listener import Phase, Progress
-from evomerge.study_record import (
-    History,
-    Limit,
-    Split,
-    distinct,
-    settle,
-)
+from evomerge.study_record import History, Limit, Split, distinct, settle
 from evomerge.study_view import recommended
 from evomerge.telling import Teller, losses_of, origin_of
 from evomerge.trial import Evaluation, Failure, Trial
@@ -251,12 +245,30 @@ class StudyRun:
         for trial in trials:
             chosen = chosen_earlier(self._items, self._history, trial.number, first)
             self.evaluations.request(
-                Request(trial, "search", chosen.items, chosen.mode, design=chosen.design)
+                Request(
+                    trial, "search", chosen.items, chosen.mode, design=chosen.design, earlier=True
+                )
             )
         for trial in trials:
             if self._settle(trial):
                 self._refer(trial.number)
             window.skip(self._cost(trial.number))
+        return self._fresh_searcher(restart, window, limits)
+
+    def build_fresh(self) -> None:
+        """Build the searcher of a restart from what is known so far, to see that it can be."""
+        history, restart = self._history, self._history.provenance.last
+        assert restart is not None
+        window = Window(self._size, self._items.cost)
+        for number in range(self._study.first, restart.trial):
+            known = ("search", number) in history.results
+            window.skip(self._cost(number) if known else 0)
+        limits = history.limits(self._study.budget, self._study.item_budget)
+        self._fresh_searcher(restart, window, limits)
+
+    def _fresh_searcher(
+        self, restart: Restart, window: Window, limits: Sequence[Limit]
+    ) -> Searcher:
         budget = left(window, limits, restart)
         if budget == 0:
             return NoSearcher()

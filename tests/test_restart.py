@@ -14,7 +14,7 @@ from economy_study import study as economy_study
 from moved_study import BEFORE, Moved, begun, moved
 from study_journals import cut, essence_of, events_of
 from tiny_project import tiny_project
-from toy_study import decode, make, toy_study
+from toy_study import ToyStudyFactory, decode, make, toy_study
 
 from evomerge import numerics
 from evomerge.cli import cli
@@ -23,6 +23,7 @@ from evomerge.errors import NothingUsableError, ReplayError
 from evomerge.extension import extend
 from evomerge.facts import status_facts, status_lines
 from evomerge.journal import JOURNAL, encode, read
+from evomerge.pool import SerialPool
 from evomerge.prepare import prepare
 from evomerge.presentation import project
 from evomerge.recipe import Recipe
@@ -30,9 +31,10 @@ from evomerge.replay import verify
 from evomerge.restart_record import Restart
 from evomerge.search.protocol import SearchProblem
 from evomerge.search_facts import taking_over
+from evomerge.spool import Spool, SpoolingFactory
 from evomerge.study import Study
 from evomerge.study_view import StudyState, StudyView
-from evomerge.trial import Failure
+from evomerge.trial import Failure, Job
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +82,7 @@ def test_without_the_flag_it_stops_names_what_differs_and_loses_nothing(
         "AVX512_SKX for numpy"
     )
     assert exact == (
-        "  to go on exactly as it began: run it where trial 8 was asked, or here with: "
+        "  to go on exactly as it began: run it on a CPU like that of trial 8, or here with: "
         "OPENBLAS_CORETYPE=Haswell NPY_DISABLE_CPU_FEATURES='AVX512F AVX512_SKX'"
     )
     weaker = {**then, "features": []}
@@ -180,7 +182,7 @@ def test_where_it_repeats_itself_the_flag_changes_nothing_and_says_so(
     toy_study(tmp_path / "s").run(restart=True)
     assert essence_of(tmp_path / "s") == essence_of(tmp_path / "whole")
     assert not events_of(tmp_path / "s", "restart", "numerics")
-    assert "--restart-search changes nothing: the searcher repeats" in caplog.text
+    assert "--restart-search was not needed: the searcher repeats" in caplog.text
     toy_study(tmp_path / "new").run(restart=True)
     assert essence_of(tmp_path / "new") == essence_of(tmp_path / "whole")
 
@@ -270,6 +272,46 @@ def test_what_saves_items_goes_on_after_a_restart(tmp_path: Path, feature: str, 
     if feature == "resampled":  # a generation does not get the items of one before the restart
         sets = [view.history.set_of[number] for number in range(3, len(view.trials))]
         assert set(sets[: BEFORE - 3]).isdisjoint(sets[BEFORE - 3 :])
+
+
+@pytest.mark.parametrize("feature", ["plain", "racing", "raced", "estimated race"])
+def test_what_had_raced_was_not_found_in_the_spool(tmp_path: Path, feature: str) -> None:
+    """Finished evaluations of outstanding trials are taken, each with the end of its race."""
+    directory, spools = tmp_path / "s", tmp_path / "s" / "spool"
+
+    class Kept(Spool):
+        def drop(self, job: Job) -> None:
+            """As if it had died before the journal had the results."""
+
+        def clear(self, kept: int = 0) -> None:
+            """Likewise."""
+
+    def made(log: Path, spool: Spool, **changes: Any) -> Study:
+        worker = ToyStudyFactory(log, graded=FEATURES[feature].get("graded", False))
+        factory = SpoolingFactory(worker, spools, "o")
+        # No recipe comes twice, or what is known of it would not need the spool.
+        changes |= {"decode": decode, "make_pool": lambda: SerialPool(factory)}
+        return economy_study(directory, feature, spool=spool, **changes)
+
+    made(tmp_path / "a.log", Kept(spools, "o")).run()
+    tells = {r["trial"]: r for r in events_of(directory, "tell")}
+    cut(directory, events_of(directory, "ask")[BEFORE - 1]["seq"] + 1)
+    told = {r["trial"] for r in events_of(directory, "tell")}
+    outstanding = set(range(BEFORE)) - told
+    assert outstanding
+    log = tmp_path / "b.log"
+    view = made(log, Spool(spools, "o"), make_searcher=Moved).run(restart=True)
+    again = {line.split()[0] for line in evaluated(log)}
+    assert again.isdisjoint(view.history.digests[number] for number in outstanding)
+    for record in events_of(directory, "tell"):
+        if record["trial"] in outstanding:
+            then = tells[record["trial"]]
+            assert record["worker"] == "spool"
+            for key in ("values", "items", "fresh", "rung"):
+                assert record.get(key) == then.get(key)
+    if feature != "plain":
+        assert any(tells[number].get("rung") for number in outstanding), "no race was stopped"
+    assert verify(directory, made(log, Spool(spools, "o"), make_searcher=Moved)).problems == ()
 
 
 def test_failures_before_and_after_a_restart_are_repeated_as_ever(tmp_path: Path) -> None:
