@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from evomerge.asks import Asks
@@ -46,7 +46,7 @@ from evomerge.search.protocol import Searcher, SearchProblem, Told, WarmPoint
 from evomerge.study_listener import Phase, Progress
 from evomerge.study_record import History, Limit, Split, distinct, settle
 from evomerge.study_view import recommended
-from evomerge.telling import Teller, losses_of, origin_of
+from evomerge.telling import Teller, facts_of, losses_of, origin_of
 from evomerge.trial import Evaluation, Failure, Trial
 from evomerge.window import Outstanding, Window
 
@@ -207,7 +207,7 @@ class StudyRun:
                         break
                     window.add(one)
                     if window.asked % NOTE_EVERY == 0 and first + window.asked > recorded:
-                        self._note_facts(searcher)
+                        self._note_facts(facts_of(searcher, first))
                 if not window:
                     break
                 told = 1
@@ -216,7 +216,7 @@ class StudyRun:
                     told = len(window)
                 for _ in range(told):
                     window.spend(self._tell_searcher(searcher, window.take(arrived)))
-        self._note_facts(searcher)
+        self._note_facts(facts_of(searcher, first))
         if len(self._history.trials) > first + window.asked:
             raise ReplayError(
                 f"trial {first + window.asked}: the journal has it, but the searcher asks for "
@@ -306,10 +306,8 @@ class StudyRun:
         )
         return Outstanding(candidates[0], trial, chosen)
 
-    def _note_facts(self, searcher: Searcher) -> None:
+    def _note_facts(self, facts: dict[str, str]) -> None:
         """Write down what the searcher says of its work, where it says anything new."""
-        say: Callable[[], Mapping[str, str]] = getattr(searcher, "facts", dict)
-        facts = dict(say())
         if facts and facts != self._history.searcher:
             self._history.add(self._journal.append("note", searcher=facts))
 

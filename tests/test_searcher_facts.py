@@ -71,3 +71,18 @@ def test_check_says_what_too_few_trials_do_to_a_searcher(
     assert words in warnings(max(1, enough - 1))
     assert "search.trials: " + searcher not in warnings(enough)
     assert not words or words not in warnings(enough)
+
+
+class Names(ToySearcher):
+    """Names its fourth candidate by its own number."""
+
+    def facts(self) -> dict[str, str]:
+        return {"best": "candidate 3, from candidate 0", "size": "12 members"}
+
+
+def test_candidates_are_named_by_their_trials(tmp_path: Path) -> None:
+    view = toy_study(tmp_path / "s", make_searcher=Names).run()
+    search = [one.number for one in view.trials if one.kind == "search"]
+    assert search[0] > 0  # behind the baselines
+    assert view.searcher["best"] == f"trial {search[3]}, from trial {search[0]}"
+    assert view.searcher["size"] == "12 members"
