@@ -77,7 +77,7 @@ class M2N2Searcher:
         problem: what is searched; ``groups`` gives the blocks (without them every dimension is
             a block), ``ranges`` and ``grams`` the geometry for slerp.
         arguments: ``archive``, ``alpha``, ``attraction``, ``split``, ``mixing``, ``mutation``,
-            ``warmup``, ``relative``, ``experts_only``; see the registry.
+            ``warmup``, ``relative``, ``experts_only``, ``ties``; see the registry.
 
     Raises:
         InputError: slerp without inner products.
@@ -101,11 +101,12 @@ class M2N2Searcher:
         self._attraction: bool = arguments["attraction"]
         self._split: bool = arguments["split"]
         self._mutation: float = arguments["mutation"]
+        self._ties: str = arguments["ties"]
         self._relative: bool = arguments["relative"]
         self._item_weights = problem.item_weights
         self.generation = 0
         self.lineage: dict[int, Birth] = {}
-        self._archive: list[Member] = []  # oldest first
+        self._archive: list[Member] = []
         self._counts: tuple[int, ...] = ()  # items per task of the archive
         self._strange = 0  # results without the items that others have
 
@@ -123,7 +124,7 @@ class M2N2Searcher:
 
     @property
     def archive(self) -> tuple[Member, ...]:
-        """The members, oldest first."""
+        """The members, oldest first; with ``ties: place`` in their places."""
         return tuple(self._archive)
 
     def ask(self, n: int) -> Sequence[Candidate]:
@@ -276,7 +277,10 @@ class M2N2Searcher:
         if len(self._archive) > self._size:
             scores = self._scores()
             worst = int(np.argmin(niches.fitness(scores, self._share(scores))))
-            del self._archive[worst]
+            if self._ties == "place" and worst < self._size:
+                self._archive[worst] = self._archive.pop()
+            else:
+                del self._archive[worst]
 
     def _rows(self) -> Array:
         return np.stack([member.row for member in self._archive])  # [P, I]

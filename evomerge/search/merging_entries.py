@@ -47,6 +47,12 @@ MERGING: Mapping[str, SearcherEntry] = MappingProxyType(
                 "experts_only": ArgumentSpec(
                     bool, False, None, None, "start from the experts, without other baselines"
                 ),
+                "ties": choice(
+                    "oldest",
+                    "who goes of members that earn alike: the oldest, or as in the published code "
+                    "the one at the first place, which the new one takes",
+                    "place",
+                ),
             },
             build=builder("m2n2", "m2n2"),
         ),

@@ -223,9 +223,16 @@ def brute_force(digits: Digits, models: list[Array], evaluations: int) -> Array:
 
 
 def contenders(
-    part: str, evaluations: int, pair: list[Array] | None = None
+    part: str, evaluations: int, pair: list[Array] | None = None, ties: str = "oldest"
 ) -> dict[str, Callable[[Digits, int], Array]]:
-    """Return what is compared, as functions of task and seed; ``pair``: of experts, fixed."""
+    """Return what is compared, as functions of task and seed.
+
+    Args:
+        part: ``scratch`` or ``pretrained``.
+        evaluations: of each search.
+        pair: of experts, fixed; None for another one for every seed.
+        ties: of M2N2: ``oldest`` or ``place``.
+    """
     scratch = part == "scratch"
 
     def start(digits: Digits, evaluations: int, seed: int) -> tuple[Setting, list[Array]]:
@@ -237,6 +244,7 @@ def contenders(
     noise = NOISE if scratch else 0.0
     m2n2: dict[str, object] = {
         "archive": 20, "mixing": "one_angle", "mutation": noise / width, "warmup": 0,
+        "ties": ties,
     }  # fmt: skip
 
     def registered(name: str, **arguments: object) -> Callable[[Digits, int], Array]:
@@ -302,6 +310,7 @@ class Run:
         test: on the test images.
         seconds: that it took.
         pair: of experts: a file's name, or the seed of the one pair; empty for a pair per seed.
+            Behind it which of level members went, where it was not the oldest.
     """
 
     part: str
@@ -347,6 +356,10 @@ def main() -> None:
     pairs = parser.add_mutually_exclusive_group()
     pairs.add_argument("--pair", type=int, metavar="SEED", help="one pair of experts for all seeds")
     pairs.add_argument("--experts", type=Path, help=".npz with the weights of two, for all seeds")
+    parser.add_argument(
+        "--ties", choices=("oldest", "place"), default="oldest",
+        help="which of level members M2N2 drops; place: as in the published code",
+    )  # fmt: skip
     parser.add_argument("--only", nargs="+", help="some contenders")
     parser.add_argument("--out", type=Path, help="append one JSON line per run; go on from there")
     given = parser.parse_args()
@@ -358,13 +371,15 @@ def main() -> None:
         pair, label = read_pair(given.experts, digits.size), given.experts.name
     elif given.pair is not None:
         pair, label = pair_of(digits, given.pair), str(given.pair)
+    if given.ties != "oldest":
+        label += f" ties: {given.ties}"
     runs: list[Run] = []
     if given.out and given.out.exists():
         known = [Run(**json.loads(line)) for line in given.out.read_text().splitlines()]
         same = (given.part, evaluations, digits.hidden, label)
         runs = [run for run in known if (run.part, run.evaluations, run.hidden, run.pair) == same]
     done = {run.key for run in runs}
-    choice = contenders(given.part, evaluations, pair)
+    choice = contenders(given.part, evaluations, pair, given.ties)
     # Seeds outermost, so that it may be stopped at any time.
     for seed in range(given.seeds):
         for name, search_model in choice.items():

@@ -109,7 +109,9 @@ def test_tables_equal_a_replay_of_the_genealogy_on_weights(mixing: str) -> None:
         assert np.abs(models.weights(candidate.x) - dense[id_]).max() <= 1e-6 * max(scale, 1.0)
 
 
-def plain_genetic_algorithm(models: Models, budget: int, size: int, seed: int) -> list[F64]:
+def plain_genetic_algorithm(
+    models: Models, budget: int, size: int, seed: int, in_place: bool
+) -> list[F64]:
     """Roulette by mean score, split crossover, the worst goes: nothing else."""
     rng = np.random.default_rng(seed)
     tables = [np.tile(np.eye(EXPERTS)[k], (BLOCKS, 1)) for k in range(EXPERTS)]
@@ -127,15 +129,20 @@ def plain_genetic_algorithm(models: Models, budget: int, size: int, seed: int) -
         scores.append(np.mean([np.mean(task) for task in models.items(models.weights(tuple(x)))]))
         if len(tables) > size:
             worst = int(np.argmin(scores))
+            if in_place:
+                tables[worst], scores[worst] = tables[-1], scores[-1]
+                worst = size
             del tables[worst], scores[worst]
     return born
 
 
-def test_without_competition_and_attraction_it_is_a_plain_genetic_algorithm() -> None:
+@pytest.mark.parametrize("ties", ["oldest", "place"])
+def test_without_competition_and_attraction_it_is_a_plain_genetic_algorithm(ties: str) -> None:
     models = Models(5)
-    searcher = build(models.problem(300), alpha=0.0, attraction=False, archive=12, warmup=0)
+    plain = {"alpha": 0.0, "attraction": False, "archive": 12, "warmup": 0, "ties": ties}
+    searcher = build(models.problem(300), **plain)
     calls = drive(searcher, models.judge, 300, 1, order=0)
-    expected = plain_genetic_algorithm(models, 300 - EXPERTS, 12, 11)
+    expected = plain_genetic_algorithm(models, 300 - EXPERTS, 12, 11, ties == "place")
     for candidate, table in zip(asked(calls)[EXPERTS:], expected, strict=True):
         coefficients = LOW + np.array(candidate.x) * (HIGH - LOW)
         assert coefficients == pytest.approx(table.reshape(-1), abs=1e-9)
@@ -316,7 +323,7 @@ def test_says_what_the_best_member_is_made_of() -> None:
     facts = searcher.facts()  # type: ignore[attr-defined]
     assert facts["archive"] == "10 of 10 members"
     assert "rows for 8 blocks" in facts["best member"]
-    assert facts["its birth"].startswith("from ")
+    assert facts["its birth"].startswith("from candidate ")
 
 
 def with_items(candidate: Candidate) -> Told:
