@@ -200,7 +200,7 @@ def test_opens_from_a_file_without_a_network(
     browser.open(page.as_uri())
     assert len(browser.picture(f"front-{objectives}-{'dark' if dark else 'light'}")) > 20_000
     # What the browser itself shows in a new tab is no request of the page.
-    own = ("file:", "data:", "chrome:")
+    own = ("file:", "data:", "chrome:", "chrome-untrusted:")
     outside = [url for url in browser.requests() if not url.startswith(own)]
     assert outside == []
     panels = {1: 1, 2: 1, 3: 3}[objectives]

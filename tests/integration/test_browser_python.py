@@ -116,7 +116,7 @@ def test_the_report(browser: Browser, shown: Shown, tmp_path: Path) -> None:
     browser.requests()
     browser.open((tmp_path / "report.html").as_uri())
     assert marks(browser) > 0
-    own = ("file:", "data:", "chrome:")
+    own = ("file:", "data:", "chrome:", "chrome-untrusted:")
     outside = [url for url in browser.requests() if not url.startswith(own)]
     assert outside == []
     assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
