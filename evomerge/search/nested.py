@@ -170,10 +170,10 @@ def _leaves(problem: SearchProblem) -> tuple[Array, list[Node]]:
 def _base(problem: SearchProblem, experts: Sequence[WarmPoint]) -> Array:
     """Return the point of a base that was not scored [d]: in each expert all others are absent."""
     first, second = experts[0], experts[1]
-    own = f".{first.label.removeprefix('expert:')}"
+    own = first.label.removeprefix("expert:")
     return np.array(
         [
-            second.x[index] if column.endswith(own) else first.x[index]
+            second.x[index] if column.partition(".")[2] == own else first.x[index]
             for index, (column, _) in enumerate(problem.groups)
         ]
     )
@@ -181,7 +181,8 @@ def _base(problem: SearchProblem, experts: Sequence[WarmPoint]) -> Array:
 
 def left_out(problem: SearchProblem) -> tuple[str, ...]:
     """Return the experts of the space that are no leaves, as they were not scored alone."""
-    scored = {p.label.removeprefix("expert:") for p in problem.warm if p.label[:7] == "expert:"}
+    labels = [point.label for point in problem.warm if point.label.startswith("expert:")]
+    scored = {label.removeprefix("expert:") for label in labels}
     named = dict.fromkeys(column.partition(".")[2] for column, _ in problem.groups)
     return tuple(name for name in named if name and name not in scored) if scored else ()
 
