@@ -14,7 +14,7 @@ from evomerge.errors import InputError, StudyFileError
 from evomerge.journal import JOURNAL, Journal
 from evomerge.prepare import study_directory
 from evomerge.presentation import STUDY_FILE
-from evomerge.search.registry import check_arguments, find_searcher, searcher_names
+from evomerge.search.registry import ends_with_budget
 from evomerge.study_record import History, Limit
 from evomerge.take_home import study_root
 from evomerge.tracking_target import anchored_uri
@@ -82,11 +82,8 @@ def _more(limit: int | None, added: int, unit: str) -> int | None:
 def _require_going_on(contract: dict[str, Any]) -> None:
     """Refuse a searcher that ends with its budget; of a foreign one nothing is known."""
     identity = contract["identity"]
-    name = identity.get("searcher")
-    if name not in searcher_names():
-        return
-    arguments = check_arguments(name, identity.get("arguments", {}))
-    if find_searcher(name).ends(arguments):
+    name, arguments = str(identity.get("searcher")), identity.get("arguments", {})
+    if ends_with_budget(name, arguments):
         raise InputError(
             f"search.searcher: {name} {dict(arguments)} lays all its points out for the budget "
             "that it begins with and has none behind it; begin another study with the larger one"

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from evomerge.errors import InputError, ReplayError
+from evomerge.errors import ReplayError
 from evomerge.halving import Halving
 from evomerge.items import Chosen, TrialItems
 from evomerge.restart_record import EARLIER, Restart
 from evomerge.search.protocol import Candidate, Searcher, Told, WarmPoint
-from evomerge.search.registry import check_arguments, find_searcher
+from evomerge.search.registry import ends_with_budget
 from evomerge.study_record import History, Limit
 from evomerge.trial import Evaluation, Trial
 from evomerge.window import Window
@@ -131,7 +131,7 @@ def restart_problem(study: Study) -> str:
             "generations of the searcher that is to be replaced"
         )
     identity: Mapping[str, Any] = study.contract()["identity"]
-    name, arguments = identity.get("searcher"), identity.get("arguments", {})
+    name, arguments = str(identity.get("searcher")), identity.get("arguments", {})
     if name == "m2n2" and arguments.get("experts_only"):
         return (
             "search.arguments.experts_only: its archive takes the experts only, so a fresh one "
@@ -139,14 +139,6 @@ def restart_problem(study: Study) -> str:
         )
     if name == "nested_map":
         return "search.searcher: nested_map merges the experts pair by pair, from the beginning"
-    if _ends(name, arguments):
+    if ends_with_budget(name, arguments):
         return f"search.searcher: {name} lays all its points out before the first one is scored"
     return ""
-
-
-def _ends(name: Any, arguments: Mapping[str, Any]) -> bool:
-    """Return whether a searcher proposes only what it planned at first, whatever it is told."""
-    try:
-        return find_searcher(str(name)).ends(check_arguments(str(name), arguments))
-    except InputError:  # a searcher that only this study knows
-        return False

@@ -115,6 +115,16 @@ def check_arguments(name: str, arguments: Mapping[str, object]) -> dict[str, Arg
     return complete
 
 
+def ends_with_budget(name: str, arguments: Mapping[str, object]) -> bool:
+    """Return whether a searcher lays all its points out for the budget that it was built for.
+
+    Of one that only a study from Python knows nothing is known: False.
+    """
+    if name not in searcher_names():
+        return False
+    return find_searcher(name).ends(check_arguments(name, arguments))
+
+
 class _OneThread:
     """A searcher whose linear algebra runs on one thread.
 
